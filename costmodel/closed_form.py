@@ -1,0 +1,218 @@
+"""The cost of a forward pass in closed form: which ops run, how often, with which FLOPs, bytes and memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from costmodel import memory
+from costmodel.methods import COSTS
+from costmodel.methods.steps import Setting, linear, times
+from costmodel.ops import Cost, Op, Quantity
+from refimpl.components import COMPONENTS, CONVOLUTION, NORM, RESIDUAL, STEM
+from refimpl.config import DTYPES, ModelConfig, Workload
+from refimpl.errors import unknown
+from refimpl.parameters import make
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one forward pass costs.
+
+    Attributes
+    ----------
+    ops : list of Op
+        Every op with its sizes and number of calls; equal to what a recorded run executes.
+    params_bytes, peak_bytes : int, array or expression
+        Weights; weights and everything else alive at the fullest moment.
+    """
+
+    method: str
+    parameters: Any
+    config: ModelConfig
+    workload: Workload
+    ops: list[Op]
+    params_bytes: Quantity
+    peak_bytes: Quantity
+    itemsize: int = field(default=4)
+
+    @cached_property
+    def total(self) -> Cost:
+        """FLOPs and bytes of the whole pass."""
+        return sum((op.cost(self.itemsize) for op in self.ops), Cost())
+
+    def by_component(self) -> dict[str, Cost]:
+        """FLOPs and bytes per component, in the order of ``refimpl.components``."""
+        costs: dict[str, Cost] = {}
+        for op in self.ops:
+            costs[op.component] = costs.get(op.component, Cost()) + op.cost(self.itemsize)
+        return {name: costs[name] for name in COMPONENTS if name in costs}
+
+    def calls(self) -> dict[str, Quantity]:
+        """Op calls per component."""
+        calls: dict[str, Quantity] = {}
+        for op in self.ops:
+            calls[op.component] = calls.get(op.component, 0) + op.calls
+        return {name: calls[name] for name in COMPONENTS if name in calls}
+
+    def tally(self) -> Counter[tuple[str, str, tuple[tuple[str, int], ...]]]:
+        """How often each (component, op, sizes) runs: comparable with ``refimpl.recorder.tally``."""
+        counts: Counter[tuple[str, str, tuple[tuple[str, int], ...]]] = Counter()
+        for op in self.ops:
+            counts[op.component, op.name, tuple(op.sizes.items())] += op.calls
+        return +counts
+
+
+def estimate(
+    method: str, config: ModelConfig, workload: Workload, params: Mapping[str, Any] | None = None
+) -> Estimate:
+    """The closed-form cost of one forward pass of `config` under `method`.
+
+    Parameters
+    ----------
+    method : str
+        A name of the catalogue.
+    config : ModelConfig
+    workload : Workload
+        Its `seq` and `batch` may be arrays: every figure is then an array of the same shape.
+    params : mapping, optional
+        The method's parameters.
+
+    Raises
+    ------
+    ConfigError
+        Unknown method or parameter, or parameters that do not fit the model.
+    """
+    if method not in COSTS:
+        raise unknown("method", method, COSTS)
+    cost, parameter_class = COSTS[method]
+    parameters = make(parameter_class, method, params)
+    parameters.check(config)
+    setting = Setting.of(config, workload)
+    program = cost(setting, parameters)
+    ops = [*_stem(setting), *program.attention(), *program.feed_forward(), *_layer_rest(setting), *program.head()]
+    itemsize = DTYPES[workload.dtype]
+    weights = _parameters(config, workload) * itemsize
+    peak = memory.largest(
+        *(program.held() + moment for moment in program.live().moments),
+        program.held() + memory.feed_forward(setting),
+        program.held() + memory.convolution(setting),
+        memory.head(setting),
+        memory.stem(setting),
+    )
+    return Estimate(
+        method, parameters, config, workload, ops, weights, weights + _tables(setting) + peak * itemsize, itemsize
+    )
+
+
+def _stem(s: Setting) -> list[Op]:
+    c = s.config
+    whole = {"elements": s.rows * c.d_model}
+    ops: list[Op] = []
+    if c.stem == "tokens":
+        ops.append(Op(STEM, "embedding", {"rows": s.rows, "width": c.d_model}))
+        if c.token_types:
+            ops.append(Op(STEM, "add", {**whole, "operand": c.d_model, "scaled": 0}))
+    elif c.stem == "frames":
+        ops += _strided_convolutions(s)
+    else:
+        patches = s.B * (s.T - 1)
+        sizes = {"rows": patches, "d_in": c.features, "d_out": c.d_model, "bias": 1}
+        ops += [
+            Op(STEM, "linear", sizes),
+            Op(STEM, "embedding", {"rows": s.B, "width": c.d_model}),
+            Op(STEM, "concat", whole),
+        ]
+    if c.position in ("learned", "sinusoidal"):
+        ops.append(Op(STEM, "add", {**whole, "operand": s.T * c.d_model, "scaled": 0}))
+    if c.embedding_norm:
+        ops.append(_norm(s, 1))
+    return ops
+
+
+def _strided_convolutions(s: Setting) -> list[Op]:
+    """Each keeps the width d; the rows shrink by its stride until T are left."""
+    c = s.config
+    ops, width, length = [], c.features, c.stem_length(s.T)
+    for stride in c.strides:
+        rows_in, length = s.B * length, length // stride
+        sizes = {"rows": s.B * length, "rows_in": rows_in, "d_in": width, "d_out": c.d_model, "kernel": 3}
+        ops += [Op(STEM, "conv1d", sizes), Op(STEM, c.activation, {"elements": s.B * length * c.d_model})]
+        width = c.d_model
+    return ops
+
+
+def _layer_rest(s: Setting) -> list[Op]:
+    """Norms, residuals and the Conformer's convolution module of all layers, and the final norm."""
+    c = s.config
+    conformer = c.recipe == "conformer"
+    sum_of_both = {"elements": s.rows * c.d_model, "operand": s.rows * c.d_model}
+    ops = [
+        _norm(s, c.layers * (5 if conformer else 2)),
+        Op(RESIDUAL, "add", {**sum_of_both, "scaled": 0}, calls=c.layers * 2),
+    ]
+    if conformer:
+        ops.append(Op(RESIDUAL, "add", {**sum_of_both, "scaled": 1}, calls=c.layers * 2))
+        ops += times(c.layers, _convolution(s))
+    if c.final_norm:
+        ops.append(_norm(s, 1))
+    return ops
+
+
+def _norm(s: Setting, calls: Quantity) -> Op:
+    return Op(NORM, f"{s.config.norm}_norm", {"rows": s.rows, "width": s.config.d_model}, calls)
+
+
+def _convolution(s: Setting) -> list[Op]:
+    d = s.config.d_model
+    whole, channels = {"elements": s.rows * d}, {"rows": s.rows, "width": d}
+    return [
+        linear(s, CONVOLUTION, d, 2 * d, s.bias),
+        Op(CONVOLUTION, "glu", whole),
+        Op(CONVOLUTION, "depthwise_conv", {**channels, "kernel": s.config.conv_kernel}),
+        Op(CONVOLUTION, "batch_norm", channels),
+        Op(CONVOLUTION, "silu", whole),
+        linear(s, CONVOLUTION, d, d, s.bias),
+    ]
+
+
+def _parameters(config: ModelConfig, workload: Workload) -> Quantity:
+    """Number of weights: the closed form of ``refimpl.weights.layout.shapes``."""
+    c = config
+    d, f, bias = c.d_model, c.d_ff, int(c.bias)
+    norm = d * (2 if c.norm == "layer" else 1)
+    wide = (2 if c.gated else 1) * f
+    attention = (c.d_attention + 2 * c.d_kv) * (d + bias) + d * (c.d_attention + bias)
+    if c.position == "relative":
+        attention += c.d_attention * (d + 2)
+    feed_forward = wide * (d + bias) + d * (f + bias)
+    layer = attention + feed_forward + 2 * norm
+    if c.recipe == "conformer":
+        layer += feed_forward + 3 * norm
+        layer += 3 * d * d + 3 * bias * d + (c.conv_kernel + 5) * d
+    return c.layers * layer + _stem_parameters(c, workload) + (norm if c.final_norm else 0)
+
+
+def _stem_parameters(c: ModelConfig, workload: Workload) -> Quantity:
+    d = c.d_model
+    if c.stem == "tokens":
+        count = (c.vocab + c.token_types) * d
+    elif c.stem == "frames":
+        widths = (c.features,) + (d,) * (len(c.strides) - 1)
+        count = sum((3 * width + 1) * d for width in widths[: len(c.strides)])
+    else:
+        count = (c.features + 2) * d
+    if c.position in ("learned", "sinusoidal"):
+        count += (c.max_positions or workload.seq) * d
+    return count + (2 * d if c.embedding_norm else 0)
+
+
+def _tables(s: Setting) -> Quantity:
+    """Bytes of the tables that depend on the length alone."""
+    c = s.config
+    if c.position == "relative":
+        return (2 * s.T - 1) * c.d_model * 4
+    return 2 * s.T * (c.head_dim // 2) * 4 if c.position == "rotary" else 0

@@ -1,0 +1,15 @@
+"""The closed form of each method, under the names of ``refimpl.methods.CATALOG``."""
+
+from __future__ import annotations
+
+from costmodel.methods.dense import Dense
+from costmodel.methods.flash import Flash
+from costmodel.methods.reuse import Reuse
+from refimpl.parameters import NoParameters, ReuseParameters
+
+# name -> (closed form, parameters)
+COSTS: dict[str, tuple[type[Dense], type]] = {
+    "dense": (Dense, NoParameters),
+    "flash": (Flash, NoParameters),
+    "reuse": (Reuse, ReuseParameters),
+}

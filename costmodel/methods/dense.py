@@ -1,0 +1,55 @@
+"""The ops of exact attention with the map materialised; the mirror of ``refimpl.methods.dense``.
+
+Per layer without positions: 8 B T d^2 + 4 B T^2 d matrix FLOPs (d = H D, one key head per query head).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from costmodel.memory import Live
+from costmodel.methods import steps
+from costmodel.methods.steps import Setting, times
+from costmodel.ops import Op, Quantity
+from refimpl.components import HEAD
+
+
+class Dense:
+    """Closed form of a whole model under one method; subclasses change single parts, as the programs do."""
+
+    def __init__(self, setting: Setting, parameters: Any) -> None:
+        self.setting = setting
+        self.parameters = parameters
+
+    def attention(self) -> list[Op]:
+        """The attention sublayers of all layers."""
+        return times(self.setting.config.layers, self.compute_layer())
+
+    def compute_layer(self) -> list[Op]:
+        """One attention sublayer that computes its own map."""
+        s, heads, kv_heads = self.setting, self.setting.config.heads, self.setting.config.kv_heads
+        return [
+            *steps.project_heads(s),
+            *steps.logits(s, heads, kv_heads),
+            steps.softmax(s, heads),
+            steps.weighted_sum(s, heads, kv_heads),
+            steps.project_output(s),
+        ]
+
+    def feed_forward(self) -> list[Op]:
+        """The feed-forward sublayers of all layers."""
+        sublayers = 2 if self.setting.config.recipe == "conformer" else 1
+        return times(self.setting.config.layers * sublayers, steps.feed_forward(self.setting))
+
+    def head(self) -> list[Op]:
+        """The tied language head."""
+        c = self.setting.config
+        return [steps.linear(self.setting, HEAD, c.d_model, c.vocab, 0)] if c.head else []
+
+    def live(self) -> Live:
+        """Elements alive at the fullest moments of an attention sublayer."""
+        return Live.of_materialised(self.setting)
+
+    def held(self) -> Quantity:
+        """Elements that the method keeps from layer to layer."""
+        return 0

@@ -1,0 +1,32 @@
+"""The ops of exact attention as one fused op; the mirror of ``refimpl.methods.flash``."""
+
+from __future__ import annotations
+
+from costmodel.memory import Live
+from costmodel.methods import steps
+from costmodel.methods.dense import Dense
+from costmodel.ops import Op
+from refimpl.components import ATTENTION
+
+
+class Flash(Dense):
+    """The same projections; no term of the traffic grows with T^2."""
+
+    def compute_layer(self) -> list[Op]:
+        s, c = self.setting, self.setting.config
+        if c.position == "relative":
+            sizes = {
+                "maps": s.B * c.heads, "heads": c.heads, "length": s.T, "head_dim": c.head_dim,
+                "causal": s.causal, "mask": s.mask,
+            }  # fmt: skip
+            fused = [steps.position_keys(s, c.heads), Op(ATTENTION, "relative_attention", sizes)]
+        else:
+            sizes = {
+                "maps": s.B * c.heads, "kv_maps": s.B * c.kv_heads, "q_len": s.T, "k_len": s.T,
+                "head_dim": c.head_dim, "causal": s.causal, "mask": s.mask,
+            }  # fmt: skip
+            fused = [Op(ATTENTION, "attention", sizes)]
+        return [*steps.project_heads(s), *fused, steps.project_output(s)]
+
+    def live(self) -> Live:
+        return Live.of_fused(self.setting)

@@ -1,0 +1,251 @@
+"""What one call of each op costs: FLOPs and bytes from the sizes that decide them.
+
+The formulas are plain arithmetic, so they take ints, NumPy arrays of lengths and SymPy symbols alike. Conventions: a
+multiply-add is 2 FLOPs; matrix FLOPs (products over a shared dimension) and vector FLOPs are apart; one exp, erf, tanh,
+square root, division, maximum or addition is one vector FLOP, a reduction over n elements n; comparisons, selections,
+copies and index arithmetic are none. Bytes are compulsory: each used element of an operand read once, each element of
+the result written once; a fused op has only its outer operands. Under a causal mask only the visible pairs count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+Quantity = Any  # int, NumPy array of ints, or SymPy expression
+INDEX_BYTES = 8  # token ids are int64
+MASK_BYTES = 1  # masks are bool
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs and bytes; bytes are told apart by what they carry."""
+
+    matmul_flops: Quantity = 0
+    vector_flops: Quantity = 0
+    weight_bytes: Quantity = 0  # read: parameters
+    table_bytes: Quantity = 0  # read: embeddings, position tables, indices
+    activation_bytes: Quantity = 0  # read: what other ops wrote
+    bytes_written: Quantity = 0
+
+    @property
+    def flops(self) -> Quantity:
+        """All FLOPs."""
+        return self.matmul_flops + self.vector_flops
+
+    @property
+    def bytes_read(self) -> Quantity:
+        """Weights, tables and activations."""
+        return self.weight_bytes + self.table_bytes + self.activation_bytes
+
+    @property
+    def bytes_moved(self) -> Quantity:
+        """Read and written."""
+        return self.bytes_read + self.bytes_written
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Cost)})
+
+    def times(self, calls: Quantity) -> Cost:
+        """The cost of so many calls."""
+        return Cost(**{f.name: getattr(self, f.name) * calls for f in fields(Cost)})
+
+
+def visible_pairs(q_len: Quantity, k_len: Quantity, causal: int) -> Quantity:
+    """Query-key pairs of one map: all, or those with j <= i + (Tk - Tq)."""
+    if not causal:
+        return q_len * k_len
+    if isinstance(q_len, int) and isinstance(k_len, int) and q_len > k_len:
+        return k_len * (k_len + 1) // 2  # the first rows see nothing
+    return q_len * k_len - q_len * (q_len - 1) // 2
+
+
+def _linear(b: int, rows: Quantity, d_in: Quantity, d_out: Quantity, bias: int) -> Cost:
+    return Cost(
+        matmul_flops=2 * rows * d_in * d_out,
+        vector_flops=bias * rows * d_out,
+        weight_bytes=(d_in * d_out + bias * d_out) * b,
+        activation_bytes=rows * d_in * b,
+        bytes_written=rows * d_out * b,
+    )
+
+
+def _conv1d(b: int, rows: Quantity, rows_in: Quantity, d_in: Quantity, d_out: Quantity, kernel: Quantity) -> Cost:
+    return Cost(
+        matmul_flops=2 * rows * kernel * d_in * d_out,
+        vector_flops=rows * d_out,
+        weight_bytes=(kernel * d_in * d_out + d_out) * b,
+        activation_bytes=rows_in * d_in * b,
+        bytes_written=rows * d_out * b,
+    )
+
+
+def _depthwise_conv(b: int, rows: Quantity, width: Quantity, kernel: Quantity) -> Cost:
+    return Cost(
+        vector_flops=2 * kernel * rows * width,
+        weight_bytes=(kernel + 1) * width * b,
+        activation_bytes=rows * width * b,
+        bytes_written=rows * width * b,
+    )
+
+
+def _embedding(b: int, rows: Quantity, width: Quantity) -> Cost:
+    return Cost(table_bytes=rows * width * b + rows * INDEX_BYTES, bytes_written=rows * width * b)
+
+
+def _layer_norm(b: int, rows: Quantity, width: Quantity) -> Cost:
+    # mean: n + 1; centre: n; square: n; mean: n + 1; + eps, sqrt: 2; divide, scale, shift: 3 n
+    return _norm(b, rows, width, vector_flops=rows * (7 * width + 4), vectors=2)
+
+
+def _rms_norm(b: int, rows: Quantity, width: Quantity) -> Cost:
+    # square: n; mean: n + 1; + eps, sqrt: 2; divide, scale: 2 n
+    return _norm(b, rows, width, vector_flops=rows * (4 * width + 3), vectors=1)
+
+
+def _batch_norm(b: int, rows: Quantity, width: Quantity) -> Cost:
+    # centre, divide, scale, shift: 4 per element; + eps, sqrt: 2 per channel
+    return _norm(b, rows, width, vector_flops=4 * rows * width + 2 * width, vectors=4)
+
+
+def _norm(b: int, rows: Quantity, width: Quantity, vector_flops: Quantity, vectors: int) -> Cost:
+    return Cost(
+        vector_flops=vector_flops,
+        weight_bytes=vectors * width * b,
+        activation_bytes=rows * width * b,
+        bytes_written=rows * width * b,
+    )
+
+
+def _add(b: int, elements: Quantity, operand: Quantity, scaled: int) -> Cost:
+    return Cost(
+        vector_flops=elements + scaled * operand,
+        activation_bytes=(elements + operand) * b,
+        bytes_written=elements * b,
+    )
+
+
+def _elementwise(flops: int, operands: int = 1) -> Callable[..., Cost]:
+    """An op that does `flops` per element of its result and reads `operands` elements for each."""
+
+    def cost(b: int, elements: Quantity) -> Cost:
+        return Cost(
+            vector_flops=flops * elements, activation_bytes=operands * elements * b, bytes_written=elements * b
+        )
+
+    return cost
+
+
+def _rotary(b: int, elements: Quantity, angles: Quantity) -> Cost:
+    return Cost(
+        vector_flops=3 * elements,
+        table_bytes=2 * angles * b,
+        activation_bytes=elements * b,
+        bytes_written=elements * b,
+    )
+
+
+def _scores(
+    b: int, maps: Quantity, kv_maps: Quantity, q_len: Quantity, k_len: Quantity, head_dim: Quantity, causal: int,
+    mask: Quantity,
+) -> Cost:  # fmt: skip
+    pairs = maps * visible_pairs(q_len, k_len, causal)
+    return Cost(
+        matmul_flops=2 * pairs * head_dim,
+        vector_flops=maps * q_len * head_dim,  # the scale, on q
+        activation_bytes=(maps * q_len + kv_maps * k_len) * head_dim * b + mask * MASK_BYTES,
+        bytes_written=pairs * b,
+    )
+
+
+def _add_relative(b: int, maps: Quantity, length: Quantity) -> Cost:
+    pairs = maps * length * length  # of the (T, 2T - 1) position scores each row uses T
+    return Cost(vector_flops=pairs, activation_bytes=2 * pairs * b, bytes_written=pairs * b)
+
+
+def _softmax(b: int, maps: Quantity, q_len: Quantity, k_len: Quantity, causal: int) -> Cost:
+    pairs = maps * visible_pairs(q_len, k_len, causal)
+    return Cost(vector_flops=5 * pairs, activation_bytes=pairs * b, bytes_written=pairs * b)  # max, -, exp, sum, /
+
+
+def _weighted_sum(
+    b: int, maps: Quantity, kv_maps: Quantity, q_len: Quantity, k_len: Quantity, head_dim: Quantity, causal: int
+) -> Cost:
+    pairs = maps * visible_pairs(q_len, k_len, causal)
+    return Cost(
+        matmul_flops=2 * pairs * head_dim,
+        activation_bytes=(pairs + kv_maps * k_len * head_dim) * b,
+        bytes_written=maps * q_len * head_dim * b,
+    )
+
+
+def _attention(
+    b: int, maps: Quantity, kv_maps: Quantity, q_len: Quantity, k_len: Quantity, head_dim: Quantity, causal: int,
+    mask: Quantity,
+) -> Cost:  # fmt: skip
+    pairs = maps * visible_pairs(q_len, k_len, causal)
+    return Cost(
+        matmul_flops=4 * pairs * head_dim,
+        vector_flops=4 * pairs + 2 * maps * q_len * head_dim,  # max, -, exp, sum; scale on q, division of the output
+        activation_bytes=(maps * q_len + 2 * kv_maps * k_len) * head_dim * b + mask * MASK_BYTES,
+        bytes_written=maps * q_len * head_dim * b,
+    )
+
+
+def _relative_attention(
+    b: int, maps: Quantity, heads: Quantity, length: Quantity, head_dim: Quantity, causal: int, mask: Quantity
+) -> Cost:
+    pairs = maps * visible_pairs(length, length, causal)
+    offsets = length if causal else 2 * length - 1  # rows of the position table that are used
+    return Cost(
+        matmul_flops=6 * pairs * head_dim,
+        vector_flops=5 * pairs + 3 * maps * length * head_dim,  # + the sum of both products; scale on both queries
+        activation_bytes=(4 * maps * length + heads * offsets) * head_dim * b + mask * MASK_BYTES,
+        bytes_written=maps * length * head_dim * b,
+    )
+
+
+FORMULAS: dict[str, Callable[..., Cost]] = {
+    "linear": _linear,
+    "project": _linear,
+    "conv1d": _conv1d,
+    "depthwise_conv": _depthwise_conv,
+    "embedding": _embedding,
+    "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
+    "batch_norm": _batch_norm,
+    "add": _add,
+    "gelu": _elementwise(5),  # / sqrt 2, erf, + 1, / 2, * x
+    "gelu_tanh": _elementwise(9),  # x x x and its factor: 3; + x, factor, tanh, + 1, / 2, * x
+    "silu": _elementwise(4),  # negate, exp, + 1, divide
+    "relu": _elementwise(1),
+    "glu": _elementwise(4, operands=2),
+    "swiglu": _elementwise(5, operands=2),
+    "rotary": _rotary,
+    "concat": _elementwise(0),
+    "scores": _scores,
+    "add_relative": _add_relative,
+    "softmax": _softmax,
+    "weighted_sum": _weighted_sum,
+    "attention": _attention,
+    "relative_attention": _relative_attention,
+}
+
+
+@dataclass(frozen=True)
+class Op:
+    """So many calls of an op with these sizes, as part of a component."""
+
+    component: str
+    name: str
+    sizes: Mapping[str, Quantity]
+    calls: Quantity = 1
+
+    def cost_of_one(self, itemsize: int) -> Cost:
+        """FLOPs and bytes of one call for elements of `itemsize` bytes."""
+        return FORMULAS[self.name](itemsize, **self.sizes)
+
+    def cost(self, itemsize: int) -> Cost:
+        """FLOPs and bytes of all calls."""
+        return self.cost_of_one(itemsize).times(self.calls)

@@ -1,0 +1,171 @@
+"""Seconds from FLOPs and bytes: ``overhead + max(compute, memory)`` per call of an op.
+
+On a spec-sheet preset the overhead is nothing and the rates are the peaks: a lower bound. On a calibrated profile each
+op has its own few constants (`costmodel.hardware.OpModel`), and a prediction carries a band.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from costmodel.closed_form import Estimate
+from costmodel.hardware import Hardware, OpModel
+from costmodel.ops import Cost, Op, Quantity
+from refimpl.components import COMPONENTS
+from refimpl.errors import UnsupportedError
+
+BOUNDS = ("compute", "memory", "overhead")
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Predicted time, its band, and how it is made up; numbers, or arrays over lengths."""
+
+    seconds: Quantity = 0.0
+    low: Quantity = 0.0
+    high: Quantity = 0.0
+    compute: Quantity = 0.0
+    memory: Quantity = 0.0
+    overhead: Quantity = 0.0
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    @property
+    def bound(self) -> Any:
+        """What most of the time goes to: "compute", "memory" or "overhead"."""
+        parts = np.broadcast_arrays(self.compute, self.memory, self.overhead)
+        return np.array(BOUNDS)[np.argmax(parts, axis=0)]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The predicted time of one forward pass."""
+
+    estimate: Estimate
+    hardware: Hardware
+    by_op: list[tuple[Op, Seconds]]
+    total: Seconds
+
+    def by_component(self) -> dict[str, Seconds]:
+        """Seconds per component, in the order of ``refimpl.components``."""
+        times: dict[str, Seconds] = {}
+        for op, seconds in self.by_op:
+            times[op.component] = times.get(op.component, Seconds()) + seconds
+        return {name: times[name] for name in COMPONENTS if name in times}
+
+
+def predict(estimate: Estimate, hardware: Hardware) -> Prediction:
+    """The time of `estimate` on `hardware`.
+
+    Parameters
+    ----------
+    estimate : Estimate
+        From `costmodel.estimate`; over arrays of lengths the times are arrays.
+    hardware : Hardware
+        A preset or a calibrated profile.
+
+    Raises
+    ------
+    UnsupportedError
+        If a preset has no peak for the dtype, or a profile was fitted on another dtype or lacks an op.
+    """
+    dtype = estimate.workload.dtype
+    by_op = []
+    for op in estimate.ops:
+        one = op.cost_of_one(estimate.itemsize)
+        parts = _spec(one, hardware, dtype) if hardware.level == "spec" else _calibrated(op, one, hardware, dtype)
+        by_op.append((op, _times(op.calls, *parts, hardware, op.name)))
+    total = sum((seconds for _, seconds in by_op), Seconds())
+    return Prediction(estimate, hardware, by_op, _banded(total, hardware))
+
+
+def _times(
+    calls: Quantity, overhead: Quantity, compute: Quantity, memory: Quantity, hardware: Hardware, op: str
+) -> Seconds:
+    busy = np.maximum(compute, memory) * calls
+    waits_for_memory = np.asarray(memory) > compute
+    band = hardware.bands.get(op)
+    seconds = overhead * calls + busy
+    return Seconds(
+        seconds=seconds,
+        low=seconds * (band.low if band else 1.0),
+        high=seconds * (band.high if band else 1.0),
+        compute=np.where(waits_for_memory, 0.0, busy),
+        memory=np.where(waits_for_memory, busy, 0.0),
+        overhead=overhead * calls,
+    )
+
+
+def _banded(total: Seconds, hardware: Hardware) -> Seconds:
+    """The total's own band, from whole passes; errors of single ops partly cancel in it."""
+    band = hardware.bands.get("total")
+    if not band:
+        return total
+    return Seconds(
+        total.seconds, total.seconds * band.low, total.seconds * band.high,
+        total.compute, total.memory, total.overhead,
+    )  # fmt: skip
+
+
+# --- spec ---------------------------------------------------------------------------------------------------------
+
+
+def _spec(one: Cost, hardware: Hardware, dtype: str) -> tuple[Quantity, Quantity, Quantity]:
+    if dtype not in hardware.matmul_flops_per_s:
+        known = ", ".join(hardware.matmul_flops_per_s)
+        raise UnsupportedError(f"hardware '{hardware.name}' has no peak for {dtype}; it has {known}")
+    matmul = one.matmul_flops / hardware.matmul_flops_per_s[dtype]
+    vector = one.vector_flops / hardware.vector_flops_per_s[dtype]
+    return 0.0, np.maximum(matmul, vector), one.bytes_moved / spec_bandwidth(hardware, one.bytes_moved)
+
+
+def spec_bandwidth(hardware: Hardware, working_set: Quantity) -> Quantity:
+    """Bandwidth of the fastest level that holds the working set; of the last one where none does."""
+    bandwidth: Quantity = np.full(np.shape(working_set), hardware.memory[-1].bandwidth_bytes_per_s)
+    for level in reversed(hardware.memory[:-1]):
+        bandwidth = np.where(np.asarray(working_set) <= level.size_bytes, level.bandwidth_bytes_per_s, bandwidth)
+    return bandwidth
+
+
+# --- calibrated ---------------------------------------------------------------------------------------------------
+
+
+def _calibrated(op: Op, one: Cost, hardware: Hardware, dtype: str) -> tuple[Quantity, Quantity, Quantity]:
+    fitted = hardware.about.get("dtype")
+    if fitted != dtype:
+        raise UnsupportedError(
+            f"the profile '{hardware.name}' was calibrated for {fitted}; run 'effref calibrate --dtype {dtype}'"
+        )
+    if op.name not in hardware.ops:
+        raise UnsupportedError(f"the profile '{hardware.name}' lacks the op '{op.name}'; run 'effref calibrate' again")
+    return parts_of_call(hardware.ops[op.name], op.sizes, one)
+
+
+def parts_of_call(model: OpModel, sizes: Mapping[str, Quantity], one: Cost) -> tuple[Quantity, Quantity, Quantity]:
+    """Overhead, compute and memory seconds of one call.
+
+    compute = matmul_flops / (rate * prod n / (n + n_half)) + vector_flops / rate
+    memory  = bytes / bandwidth(working set)
+    """
+    slowdown: Quantity = 1.0
+    for name, half in model.half.items():
+        slowdown = slowdown * (1.0 + half / np.maximum(sizes[name], 1))
+    compute = one.matmul_flops / model.matmul_flops_per_s * slowdown + one.vector_flops / model.vector_flops_per_s
+    return model.overhead_s, compute, one.bytes_moved / bandwidth(model, one.bytes_moved)
+
+
+def seconds_of_call(model: OpModel, sizes: Mapping[str, Quantity], one: Cost) -> Quantity:
+    """``overhead + max(compute, memory)``."""
+    overhead, compute, memory = parts_of_call(model, sizes, one)
+    return overhead + np.maximum(compute, memory)
+
+
+def bandwidth(model: OpModel, working_set: Quantity) -> Quantity:
+    """Near the cache's bandwidth for small working sets, far from it for large ones; the turn is at the cache's size."""
+    outside = 1.0 / (1.0 + (model.cache_bytes / np.maximum(working_set, 1.0)) ** 2)
+    return 1.0 / ((1.0 - outside) / model.near_bytes_per_s + outside / model.far_bytes_per_s)

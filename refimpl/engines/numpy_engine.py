@@ -1,0 +1,270 @@
+"""The reference engine: every op is its equation, in the array API standard, so that NumPy, CuPy and array_api_strict
+all run it. Float64 through this engine is the truth that every other engine is tested against."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from refimpl.engines.protocol import Array
+
+QUERY_BLOCK = 64  # rows of the map that the fused op holds at a time; changes memory, not the function
+
+
+class NumpyEngine:
+    """The op vocabulary of ``refimpl.engines.protocol`` as equations over an array namespace `xp`."""
+
+    name = "numpy"
+
+    def __init__(self, xp: Any = np, erf: Callable[[Array], Array] | None = None) -> None:
+        self.xp = xp
+        self._erf = erf
+
+    # --- services -----------------------------------------------------------------------------------------------
+
+    def asarray(self, host: Array) -> Array:
+        return self.xp.asarray(host)
+
+    def to_numpy(self, array: Array) -> Array:
+        return np.asarray(array)
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def elapsed_s(self, start: float, stop: float) -> float:
+        return stop - start
+
+    def split_heads(self, x: Array, heads: int) -> Array:
+        batch, length, width = x.shape
+        return self.xp.permute_dims(self.xp.reshape(x, (batch, length, heads, width // heads)), (0, 2, 1, 3))
+
+    def merge_heads(self, x: Array) -> Array:
+        batch, heads, length, width = x.shape
+        return self.xp.reshape(self.xp.permute_dims(x, (0, 2, 1, 3)), (batch, length, heads * width))
+
+    # --- linear maps --------------------------------------------------------------------------------------------
+
+    def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+        y = x @ weight.T  # (..., d_out)
+        return y if bias is None else y + bias
+
+    def project(self, x: Array, weight: Array, bias: Array | None, widths: tuple[int, ...]) -> tuple[Array, ...]:
+        # One product per part, so that a part is bit for bit what it is when it is computed alone.
+        parts, row = [], 0
+        for width in widths:
+            rows = slice(row, row + width)
+            parts.append(self.linear(x, weight[rows, :], None if bias is None else bias[rows]))
+            row += width
+        return tuple(parts)
+
+    def conv1d(self, x: Array, weight: Array, bias: Array, stride: int) -> Array:
+        d_out, kernel, d_in = weight.shape
+        padded = self._pad_time(x, kernel)
+        last = x.shape[1] - 1 + kernel
+        taps = [padded[:, tap : last - kernel + 1 + tap : stride, :] for tap in range(kernel)]
+        windows = self.xp.concat(taps, axis=-1)  # (B, ceil(T / stride), kernel d_in)
+        return windows @ self.xp.reshape(weight, (d_out, kernel * d_in)).T + bias
+
+    def depthwise_conv(self, x: Array, weight: Array, bias: Array) -> Array:
+        kernel, length = weight.shape[0], x.shape[1]
+        padded = self._pad_time(x, kernel)
+        y = bias
+        for tap in range(kernel):
+            y = y + padded[:, tap : tap + length, :] * weight[tap, :]  # (B, T, d)
+        return y
+
+    def _pad_time(self, x: Array, kernel: int) -> Array:
+        before = (kernel - 1) // 2
+        zeros = [self.xp.zeros((x.shape[0], n, x.shape[2]), dtype=x.dtype) for n in (before, kernel - 1 - before)]
+        return self.xp.concat([zeros[0], x, zeros[1]], axis=1)  # (B, T + kernel - 1, d)
+
+    def embedding(self, table: Array, ids: Array) -> Array:
+        rows = self.xp.take(table, self.xp.reshape(ids, (-1,)), axis=0)
+        return self.xp.reshape(rows, (*ids.shape, table.shape[1]))
+
+    # --- norms --------------------------------------------------------------------------------------------------
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
+        centred = x - self.xp.mean(x, axis=-1, keepdims=True)
+        variance = self.xp.mean(centred * centred, axis=-1, keepdims=True)
+        return centred / self.xp.sqrt(variance + eps) * weight + bias
+
+    def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
+        mean_square = self.xp.mean(x * x, axis=-1, keepdims=True)
+        return x / self.xp.sqrt(mean_square + eps) * weight
+
+    def batch_norm(
+        self, x: Array, mean: Array, variance: Array, weight: Array, bias: Array, eps: float
+    ) -> Array:
+        return (x - mean) / self.xp.sqrt(variance + eps) * weight + bias
+
+    # --- elementwise --------------------------------------------------------------------------------------------
+
+    def add(self, x: Array, y: Array, scale: float = 1.0) -> Array:
+        return x + y if scale == 1.0 else x + scale * y
+
+    def gelu(self, x: Array) -> Array:
+        return 0.5 * x * (1.0 + self.erf(x / math.sqrt(2.0)))
+
+    def gelu_tanh(self, x: Array) -> Array:
+        return 0.5 * x * (1.0 + self.xp.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))
+
+    def silu(self, x: Array) -> Array:
+        with np.errstate(over="ignore"):  # exp(-x) = inf gives the right limit, 0
+            return x / (1.0 + self.xp.exp(-x))
+
+    def relu(self, x: Array) -> Array:
+        return self.xp.maximum(x, self.xp.zeros_like(x[..., :1]))
+
+    def glu(self, x: Array) -> Array:
+        half = x.shape[-1] // 2
+        with np.errstate(over="ignore"):
+            return x[..., :half] / (1.0 + self.xp.exp(-x[..., half:]))
+
+    def swiglu(self, gate: Array, up: Array) -> Array:
+        return self.silu(gate) * up
+
+    def rotary(self, x: Array, cos: Array, sin: Array, interleaved: bool) -> Array:
+        pairs = (*x.shape[:-1], x.shape[-1] // 2)
+        if interleaved:
+            split = self.xp.reshape(x, (*pairs, 2))
+            a, b = split[..., 0], split[..., 1]
+        else:
+            a, b = x[..., : pairs[-1]], x[..., pairs[-1] :]
+        turned = self.xp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1 if interleaved else -2)
+        return self.xp.reshape(turned, x.shape)
+
+    def concat(self, parts: tuple[Array, ...], axis: int) -> Array:
+        return self.xp.concat(list(parts), axis=axis)
+
+    def erf(self, x: Array) -> Array:
+        """The error function; NumPy has none, SciPy has."""
+        if self._erf is None:
+            from scipy.special import erf
+
+            self._erf = erf
+        return self._erf(x)
+
+    # --- attention ----------------------------------------------------------------------------------------------
+
+    def scores(
+        self, q: Array, k: Array, scale: float, causal: bool = False, mask: Array | None = None
+    ) -> Array:
+        q_len, k_len = q.shape[2], k.shape[2]
+        if not causal:
+            s = self._products(q * scale, k)  # (B, H, Tq, Tk)
+        else:
+            s = self.xp.full((*q.shape[:3], k_len), -math.inf, dtype=q.dtype)
+            for i, seen in visible_keys(q_len, k_len):
+                row = q[:, :, i : i + 1, :] * scale
+                s[:, :, i : i + 1, :seen] = self._products(row, k[:, :, :seen, :])
+        return s if mask is None else self._hide(s, mask)
+
+    def add_relative(self, scores: Array, position: Array) -> Array:
+        length = scores.shape[2]
+        rows = [position[:, :, i : i + 1, length - 1 - i : 2 * length - 1 - i] for i in range(length)]
+        return scores + self.xp.concat(rows, axis=2) if rows else scores
+
+    def softmax(self, scores: Array, causal: bool = False) -> Array:
+        if not causal:
+            e, total = self._exponentials(scores)
+            return e / total
+        p = self.xp.zeros_like(scores)
+        for i, seen in visible_keys(*scores.shape[2:]):
+            p[:, :, i : i + 1, :seen] = self.softmax(scores[:, :, i : i + 1, :seen])
+        return p
+
+    def weighted_sum(self, weights: Array, v: Array, causal: bool = False) -> Array:
+        if not causal:
+            return self._mix(weights, v)
+        out = self.xp.zeros((*weights.shape[:3], v.shape[3]), dtype=v.dtype)
+        for i, seen in visible_keys(*weights.shape[2:]):
+            out[:, :, i : i + 1, :] = self._mix(weights[:, :, i : i + 1, :seen], v[:, :, :seen, :])
+        return out
+
+    def attention(
+        self, q: Array, k: Array, v: Array, scale: float | None = None, causal: bool = False,
+        mask: Array | None = None,
+    ) -> Array:  # fmt: skip
+        scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
+        out = self.xp.zeros((*q.shape[:3], v.shape[3]), dtype=q.dtype)
+        for rows, seen in _query_blocks(q.shape[2], k.shape[2], causal):
+            s = self._products(q[:, :, rows, :] * scale, k[:, :, :seen, :])  # (B, H, block, seen)
+            if mask is not None:
+                s = self._hide(s, _mask_part(mask, rows, seen))
+            e, total = self._exponentials(s)
+            out[:, :, rows, :] = self._mix(e, v[:, :, :seen, :]) / total
+        return out
+
+    def relative_attention(
+        self, q: Array, q_position: Array, k: Array, v: Array, p: Array, scale: float,
+        causal: bool = False, mask: Array | None = None,
+    ) -> Array:  # fmt: skip
+        length = q.shape[2]
+        out = self.xp.zeros((*q.shape[:3], v.shape[3]), dtype=q.dtype)
+        for i in range(length):
+            row, seen = slice(i, i + 1), i + 1 if causal else length
+            window = p[None, :, length - 1 - i : length - 1 - i + seen, :]  # (1, H, seen, D)
+            s = self._products(q[:, :, row, :] * scale, k[:, :, :seen, :])
+            s = s + self._products(q_position[:, :, row, :] * scale, window)
+            if mask is not None:
+                s = self._hide(s, _mask_part(mask, row, seen))
+            e, total = self._exponentials(s)
+            out[:, :, row, :] = self._mix(e, v[:, :, :seen, :]) / total
+        return out
+
+    def _products(self, q: Array, k: Array) -> Array:
+        """``q kᵀ`` with query head h on key head h // (H / Hkv)."""
+        return self._grouped(q, self.xp.matrix_transpose(k))
+
+    def _mix(self, weights: Array, v: Array) -> Array:
+        """``P v`` with the same grouping."""
+        return self._grouped(weights, v)
+
+    def _grouped(self, a: Array, b: Array) -> Array:
+        batch, heads, rows, _ = a.shape
+        groups = b.shape[1]
+        if groups == heads:
+            return a @ b
+        a = self.xp.reshape(a, (batch, groups, heads // groups, rows, a.shape[3]))
+        return self.xp.reshape(a @ b[:, :, None, :, :], (batch, heads, rows, b.shape[3]))
+
+    def _exponentials(self, s: Array) -> tuple[Array, Array]:
+        """``exp(s - row maximum)`` and its row sum; a row of -inf gives zeros and the sum 1."""
+        if s.shape[-1] == 0:
+            return s, self.xp.ones((*s.shape[:-1], 1), dtype=s.dtype)
+        maximum = self.xp.max(s, axis=-1, keepdims=True)
+        zero = self.xp.zeros_like(maximum)
+        e = self.xp.exp(s - self.xp.where(maximum == -math.inf, zero, maximum))
+        total = self.xp.sum(e, axis=-1, keepdims=True)
+        return e, self.xp.where(total == 0.0, zero + self.xp.ones_like(zero), total)
+
+    def _hide(self, s: Array, mask: Array) -> Array:
+        return self.xp.where(mask, s, self.xp.full((1, 1, 1, 1), -math.inf, dtype=s.dtype))
+
+
+def visible_keys(q_len: int, k_len: int) -> Iterator[tuple[int, int]]:
+    """Each query i that sees a key under a causal mask, with the number of keys it sees."""
+    for i in range(max(0, q_len - k_len), q_len):
+        yield i, i + 1 + k_len - q_len
+
+
+def _query_blocks(q_len: int, k_len: int, causal: bool) -> Iterator[tuple[slice, int]]:
+    """Blocks of query rows, with the number of keys that they see; single rows under a causal mask."""
+    if causal:
+        for i, seen in visible_keys(q_len, k_len):
+            yield slice(i, i + 1), seen
+    else:
+        for start in range(0, q_len, QUERY_BLOCK):
+            yield slice(start, min(start + QUERY_BLOCK, q_len)), k_len
+
+
+def _mask_part(mask: Array, rows: slice, seen: int) -> Array:
+    """The part of a broadcastable mask that concerns these rows and the first `seen` keys."""
+    if mask.shape[2] > 1:
+        mask = mask[:, :, rows, :]
+    return mask[:, :, :, :seen] if mask.shape[3] > 1 else mask

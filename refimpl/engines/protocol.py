@@ -1,0 +1,259 @@
+"""The op vocabulary: what every engine offers, in which shapes, and which sizes of a call decide its cost.
+
+A method calls ``at(COMPONENT).op(...)`` and never asks which engine runs it. Letters: B batch, T length (Tq queries,
+Tk keys), d width, H heads (Hkv of keys and values), D head width. Hidden states are (B, T, d), heads (B, H, T, D).
+Ops never modify their inputs, and the dtype that goes in comes out.
+
+Cost conventions (the formulas are ``costmodel.ops``): a multiply-add is 2 FLOPs; matrix and vector FLOPs are apart; one
+exp, erf, division, maximum or addition is one vector FLOP; bytes are what an op must move: the elements of its operands
+that it uses, read once, and its result, written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+Array = Any  # numpy.ndarray, cupy.ndarray, ...: an engine's own
+
+
+class Engine(Protocol):
+    """The ops and the few services that a forward pass needs."""
+
+    name: str
+
+    # --- services -----------------------------------------------------------------------------------------------
+
+    def asarray(self, host: Array) -> Array:
+        """A NumPy array as this engine's array (a copy where the device has its own memory)."""
+
+    def to_numpy(self, array: Array) -> Array:
+        """This engine's array as a NumPy array; waits until it is computed."""
+
+    def mark(self) -> Any:
+        """A point in time; on a GPU an event in the stream."""
+
+    def elapsed_s(self, start: Any, stop: Any) -> float:
+        """Seconds between two marks."""
+
+    def split_heads(self, x: Array, heads: int) -> Array:
+        """(B, T, H D) as (B, H, T, D): a view, not an op."""
+
+    def merge_heads(self, x: Array) -> Array:
+        """(B, H, T, D) as (B, T, H D): a view where the op before wrote it that way."""
+
+    # --- linear maps --------------------------------------------------------------------------------------------
+
+    def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+        """``x Wᵀ + b``: x (..., d_in), weight (d_out, d_in), bias (d_out,) -> (..., d_out)."""
+
+    def project(self, x: Array, weight: Array, bias: Array | None, widths: tuple[int, ...]) -> tuple[Array, ...]:
+        """`linear` whose output columns are cut into consecutive parts of the given widths; x is read once."""
+
+    def conv1d(self, x: Array, weight: Array, bias: Array, stride: int) -> Array:
+        """Convolution along time, zero-padded by (kernel - 1) / 2: x (B, T, d_in), weight (d_out, kernel, d_in), bias
+        (d_out,) -> (B, ceil(T / stride), d_out)."""
+
+    def depthwise_conv(self, x: Array, weight: Array, bias: Array) -> Array:
+        """One filter per channel, zero-padded to keep the length: x (B, T, d), weight (kernel, d), bias (d,)."""
+
+    def embedding(self, table: Array, ids: Array) -> Array:
+        """Rows of the table (V, d) by ids (...) -> (..., d)."""
+
+    # --- norms --------------------------------------------------------------------------------------------------
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
+        """``(x - mean) / sqrt(var + eps) * weight + bias`` over the last axis (arXiv 1607.06450)."""
+
+    def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
+        """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis (arXiv 1910.07467)."""
+
+    def batch_norm(
+        self, x: Array, mean: Array, variance: Array, weight: Array, bias: Array, eps: float
+    ) -> Array:
+        """``(x - mean) / sqrt(variance + eps) * weight + bias`` per channel with stored statistics: x (B, T, d)."""
+
+    # --- elementwise --------------------------------------------------------------------------------------------
+
+    def add(self, x: Array, y: Array, scale: float = 1.0) -> Array:
+        """``x + scale * y``; y broadcasts to x, as a residual of the same shape, a table (T, d) or
+        a bias (d,)."""
+
+    def gelu(self, x: Array) -> Array:
+        """``x / 2 (1 + erf(x / sqrt 2))`` (arXiv 1606.08415)."""
+
+    def gelu_tanh(self, x: Array) -> Array:
+        """``x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))``, GPT-2's form."""
+
+    def silu(self, x: Array) -> Array:
+        """``x / (1 + exp(-x))``, also called Swish."""
+
+    def relu(self, x: Array) -> Array:
+        """``max(x, 0)``."""
+
+    def glu(self, x: Array) -> Array:
+        """``a / (1 + exp(-b))`` with a and b the two halves of the last axis: (..., 2 d) -> (..., d)."""
+
+    def swiglu(self, gate: Array, up: Array) -> Array:
+        """``silu(gate) * up`` (arXiv 2002.05202)."""
+
+    def rotary(self, x: Array, cos: Array, sin: Array, interleaved: bool) -> Array:
+        """Rotate pairs of channels by the angle of their position: x (B, H, T, D), cos and sin (T, D / 2). Pairs are
+        (2i, 2i + 1) when interleaved, else (i, i + D / 2) (arXiv 2104.09864, eq. 34)."""
+
+    def concat(self, parts: tuple[Array, ...], axis: int) -> Array:
+        """The parts one after the other along `axis`."""
+
+    # --- attention ----------------------------------------------------------------------------------------------
+    # A mask is a bool array that broadcasts to (B, H, Tq, Tk); True where a query may look. With `causal`, query i
+    # sees keys j <= i + (Tk - Tq). Query head h uses key head h // (H / Hkv). A row that sees no key gives zeros.
+
+    def scores(
+        self, q: Array, k: Array, scale: float, causal: bool = False, mask: Array | None = None
+    ) -> Array:
+        """``(scale q) kᵀ``, -inf where hidden: q (B, H, Tq, D), k (B or 1, Hkv, Tk, D) -> (B, H, Tq, Tk)."""
+
+    def add_relative(self, scores: Array, position: Array) -> Array:
+        """Add position scores (B, H, T, 2T - 1), shifted so that column ``T - 1 - i + j`` meets key j, to scores
+        (B, H, T, T) (Transformer-XL, arXiv 1901.02860, appendix B)."""
+
+    def softmax(self, scores: Array, causal: bool = False) -> Array:
+        """Row softmax with the row maximum subtracted: (B, H, Tq, Tk)."""
+
+    def weighted_sum(self, weights: Array, v: Array, causal: bool = False) -> Array:
+        """``P v``: weights (B, H, Tq, Tk), v (B, Hkv, Tk, D) -> (B, H, Tq, D)."""
+
+    def attention(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        scale: float | None = None,
+        causal: bool = False,
+        mask: Array | None = None,
+    ) -> Array:
+        """`scores`, `softmax` and `weighted_sum` as one op that never holds the map; default scale 1 / sqrt(D)."""
+
+    def relative_attention(
+        self, q: Array, q_position: Array, k: Array, v: Array, p: Array, scale: float,
+        causal: bool = False, mask: Array | None = None,
+    ) -> Array:
+        """`attention` whose logit (i, j) has ``scale q_position[i] . p[T - 1 - i + j]`` added; p (H, 2T - 1, D)."""
+
+
+# --- the sizes that decide the cost of a call -----------------------------------------------------------------------
+# op -> function of the call's own arguments -> {size: int}. The recorder notes them; the cost model predicts them.
+
+Sizes = dict[str, int]
+
+
+def _linear(x: Array, weight: Array, bias: Array | None = None, widths: tuple[int, ...] = ()) -> Sizes:
+    d_out, d_in = weight.shape
+    return {"rows": x.size // d_in, "d_in": d_in, "d_out": d_out, "bias": int(bias is not None)}
+
+
+def _conv1d(x: Array, weight: Array, bias: Array, stride: int) -> Sizes:
+    d_out, kernel, d_in = weight.shape
+    rows = x.shape[0] * (-(-x.shape[1] // stride))
+    return {"rows": rows, "rows_in": x.size // d_in, "d_in": d_in, "d_out": d_out, "kernel": kernel}
+
+
+def _depthwise_conv(x: Array, weight: Array, bias: Array) -> Sizes:
+    return {"rows": x.size // x.shape[-1], "width": x.shape[-1], "kernel": weight.shape[0]}
+
+
+def _embedding(table: Array, ids: Array) -> Sizes:
+    return {"rows": ids.size, "width": table.shape[1]}
+
+
+def _rows(x: Array, *_: Any, **__: Any) -> Sizes:
+    return {"rows": x.size // x.shape[-1], "width": x.shape[-1]}
+
+
+def _add(x: Array, y: Array, scale: float = 1.0) -> Sizes:
+    return {"elements": x.size, "operand": y.size, "scaled": int(scale != 1.0)}
+
+
+def _elements(x: Array, *_: Any) -> Sizes:
+    return {"elements": x.size}
+
+
+def _glu(x: Array) -> Sizes:
+    return {"elements": x.size // 2}
+
+
+def _rotary(x: Array, cos: Array, sin: Array, interleaved: bool) -> Sizes:
+    return {"elements": x.size, "angles": cos.size}
+
+
+def _concat(parts: tuple[Array, ...], axis: int) -> Sizes:
+    return {"elements": sum(part.size for part in parts)}
+
+
+def _maps(x: Array) -> int:
+    return int(x.shape[0] * x.shape[1])
+
+
+def _scores(q: Array, k: Array, scale: float, causal: bool = False, mask: Array | None = None) -> Sizes:
+    return {
+        "maps": _maps(q), "kv_maps": _maps(k), "q_len": q.shape[2], "k_len": k.shape[2], "head_dim": q.shape[3],
+        "causal": int(causal), "mask": 0 if mask is None else mask.size,
+    }  # fmt: skip
+
+
+def _add_relative(scores: Array, position: Array) -> Sizes:
+    return {"maps": _maps(scores), "length": scores.shape[2]}
+
+
+def _softmax(scores: Array, causal: bool = False) -> Sizes:
+    return {"maps": _maps(scores), "q_len": scores.shape[2], "k_len": scores.shape[3], "causal": int(causal)}
+
+
+def _weighted_sum(weights: Array, v: Array, causal: bool = False) -> Sizes:
+    return {
+        "maps": _maps(weights), "kv_maps": _maps(v), "q_len": weights.shape[2], "k_len": v.shape[2],
+        "head_dim": v.shape[3], "causal": int(causal),
+    }  # fmt: skip
+
+
+def _attention(
+    q: Array, k: Array, v: Array, scale: float | None = None, causal: bool = False, mask: Array | None = None
+) -> Sizes:
+    return _scores(q, k, 1.0, causal, mask)
+
+
+def _relative_attention(
+    q: Array, q_position: Array, k: Array, v: Array, p: Array, scale: float,
+    causal: bool = False, mask: Array | None = None,
+) -> Sizes:  # fmt: skip
+    return {
+        "maps": _maps(q), "heads": q.shape[1], "length": q.shape[2], "head_dim": q.shape[3],
+        "causal": int(causal), "mask": 0 if mask is None else mask.size,
+    }  # fmt: skip
+
+
+SIZES: dict[str, Callable[..., Sizes]] = {
+    "linear": _linear,
+    "project": _linear,
+    "conv1d": _conv1d,
+    "depthwise_conv": _depthwise_conv,
+    "embedding": _embedding,
+    "layer_norm": _rows,
+    "rms_norm": _rows,
+    "batch_norm": _rows,
+    "add": _add,
+    "gelu": _elements,
+    "gelu_tanh": _elements,
+    "silu": _elements,
+    "relu": _elements,
+    "glu": _glu,
+    "swiglu": _elements,
+    "rotary": _rotary,
+    "concat": _concat,
+    "scores": _scores,
+    "add_relative": _add_relative,
+    "softmax": _softmax,
+    "weighted_sum": _weighted_sum,
+    "attention": _attention,
+    "relative_attention": _relative_attention,
+}

@@ -1,0 +1,38 @@
+"""Exact attention with the map materialised: ``softmax(Q Kᵀ / sqrt(D) + mask) V`` (arXiv 1706.03762, eq. 1).
+
+The other programs change single steps of this one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from refimpl.components import HEAD, SOFTMAX, WEIGHTED_SUM
+from refimpl.config import ModelConfig
+from refimpl.engines.protocol import Array
+from refimpl.methods.steps import Layer, feed_forward, logits, project_heads, project_output
+from refimpl.recorder import At
+from refimpl.weights.layout import Weights
+
+
+class Dense:
+    """One forward pass; a fresh instance per pass, so that a method may keep state from layer to layer."""
+
+    def __init__(self, config: ModelConfig, parameters: Any) -> None:
+        self.config = config
+        self.parameters = parameters
+
+    def attention(self, at: At, x: Array, layer: Layer) -> Array:
+        """The attention sublayer: (B, T, d) -> (B, T, d)."""
+        q, k, v = project_heads(at, x, layer)
+        weights = at(SOFTMAX).softmax(logits(at, q, k, layer), layer.causal)  # (B, H, T, T)
+        context = at(WEIGHTED_SUM).weighted_sum(weights, v, layer.causal)  # (B, H, T, D)
+        return project_output(at, context, layer)
+
+    def feed_forward(self, at: At, x: Array, weights: Weights) -> Array:
+        """The feed-forward sublayer: (B, T, d) -> (B, T, d)."""
+        return feed_forward(at, x, weights, self.config)
+
+    def head(self, at: At, x: Array, embedding: Array) -> Array:
+        """The tied language head: (B, T, d) -> (B, T, V)."""
+        return at(HEAD).linear(x, embedding)

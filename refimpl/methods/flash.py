@@ -1,0 +1,26 @@
+"""Exact attention as one fused op that never holds the map (FlashAttention, arXiv 2205.14135; online softmax,
+arXiv 1805.02867). The same function as ``dense``, other traffic."""
+
+from __future__ import annotations
+
+from refimpl.components import ATTENTION
+from refimpl.engines.protocol import Array
+from refimpl.methods.dense import Dense
+from refimpl.methods.steps import Layer, position_keys, project_heads, project_output
+from refimpl.recorder import At
+
+
+class Flash(Dense):
+    """``dense`` with scores, softmax and weighted sum in one op."""
+
+    def attention(self, at: At, x: Array, layer: Layer) -> Array:
+        q, k, v = project_heads(at, x, layer)
+        ops = at(ATTENTION)
+        if q.position is None:
+            context = ops.attention(q.content, k, v, layer.scale, layer.causal, layer.mask)  # (B, H, T, D)
+        else:
+            p = position_keys(at, layer)[0]  # (H, 2T - 1, D)
+            context = ops.relative_attention(
+                q.content, q.position, k, v, p, layer.scale, layer.causal, layer.mask
+            )
+        return project_output(at, context, layer)

@@ -1,0 +1,116 @@
+"""The parameters of the methods: named, with defaults, checked once and shared by program and cost model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeVar
+
+from refimpl.config import ModelConfig
+from refimpl.errors import ConfigError, unknown
+
+
+def _parameter(default: Any, about: str) -> Any:
+    return field(default=default, metadata={"about": about})
+
+
+@dataclass(frozen=True)
+class NoParameters:
+    """For methods without a knob."""
+
+    def check(self, config: ModelConfig) -> None:
+        """Nothing to check."""
+
+
+@dataclass(frozen=True)
+class ReuseParameters:
+    """Attention map reuse; `group` = 1 or `heads` = 0 is exact attention."""
+
+    group: int = _parameter(2, "layers that share one map, consecutive; 1 is exact attention")
+    groups: tuple[tuple[int, ...], ...] | None = _parameter(
+        None, "explicit groups instead, as [[0,1],[3,4,5]]; a layer in none computes its own map"
+    )
+    heads: int | None = _parameter(None, "heads of a reuse layer that take a shared map; default all, 0 is exact")
+    head_order: Literal["rotate", "keep"] = _parameter(
+        "rotate", "partial reuse: pass on [new, reused] maps as Reuse Transformers does, or keep the heads in place"
+    )
+    share: Literal["probabilities", "scores"] = _parameter("probabilities", "share the map after or before softmax")
+    output_projection: bool = _parameter(True, "reuse layers keep their output projection")
+
+    def __post_init__(self) -> None:
+        _require_int("group", self.group, 1)
+        if self.heads is not None:
+            _require_int("heads", self.heads, 0)
+        _require_choice("head_order", self.head_order, ("rotate", "keep"))
+        _require_choice("share", self.share, ("probabilities", "scores"))
+        _require_choice("output_projection", self.output_projection, (True, False))
+        if self.groups is not None:
+            object.__setattr__(self, "groups", _as_groups(self.groups))
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise ConfigError where the parameters do not fit the model."""
+        if self.heads is not None and self.heads > config.heads:
+            raise ConfigError(f"heads={self.heads}; the model has {config.heads} heads")
+        if self.heads and self.kept_heads(config) and config.kv_heads != config.heads:
+            raise ConfigError(
+                f"heads={self.heads} needs as many key heads as query heads; the model has {config.kv_heads} for "
+                f"{config.heads}: reuse all heads or none"
+            )
+        if not self.output_projection and config.d_attention != config.d_model:
+            raise ConfigError("output_projection=false needs heads that together are as wide as the model")
+        self.leaders(config.layers)
+
+    def kept_heads(self, config: ModelConfig) -> int:
+        """Heads of a reuse layer that still compute their own map."""
+        return 0 if self.heads is None else config.heads - self.heads
+
+    def leaders(self, layers: int) -> tuple[int, ...]:
+        """For each layer the layer whose map it uses: itself for a compute layer, an earlier one for a reuse layer."""
+        if self.heads == 0:
+            return tuple(range(layers))
+        if self.groups is None:
+            return tuple(layer - layer % self.group for layer in range(layers))
+        leaders = list(range(layers))
+        for group in self.groups:
+            for layer in group:
+                if layer >= layers:
+                    raise ConfigError(f"groups names layer {layer}; the model has layers 0 to {layers - 1}")
+                leaders[layer] = group[0]
+        return tuple(leaders)
+
+
+def _as_groups(given: Any) -> tuple[tuple[int, ...], ...]:
+    try:
+        groups = tuple(tuple(int(layer) for layer in group) for group in given)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"groups={given!r}; it must be a list of layer lists such as [[0,1],[2,3]]") from error
+    named = [layer for group in groups for layer in group]
+    if any(not group for group in groups):
+        raise ConfigError("groups holds an empty group")
+    if any(list(group) != sorted(set(group)) or group[0] < 0 for group in groups) or len(named) != len(set(named)):
+        raise ConfigError(f"groups={given!r}; each group must rise from layer 0 up and no layer may be in two")
+    return groups
+
+
+def _require_int(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name}={value!r}; it must be a whole number of at least {least}")
+
+
+def _require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r}; it must be one of {', '.join(map(repr, choices))}")
+
+
+P = TypeVar("P")
+
+
+def make(cls: type[P], method: str, given: Mapping[str, Any] | None) -> P:
+    """An instance of `cls` from names and values; an unknown name raises ConfigError with the known ones."""
+    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    for name in given or {}:
+        if name not in known:
+            if not known:
+                raise ConfigError(f"method '{method}' has no parameters; '{name}' was given")
+            raise unknown(f"parameter of {method}", name, known)
+    return cls(**(given or {}))
