@@ -183,7 +183,7 @@ def _parameters(config: ModelConfig, workload: Workload) -> Quantity:
     """Number of weights: the closed form of ``refimpl.weights.layout.shapes``."""
     c = config
     d, f, bias = c.d_model, c.d_ff, int(c.bias)
-    norm = d * (2 if c.norm == "layer" else 1)
+    norm = _norm_parameters(c)
     wide = (2 if c.gated else 1) * f
     attention = (c.d_attention + 2 * c.d_kv) * (d + bias) + d * (c.d_attention + bias)
     if c.position == "relative":
@@ -194,6 +194,10 @@ def _parameters(config: ModelConfig, workload: Workload) -> Quantity:
         layer += feed_forward + 3 * norm
         layer += 3 * d * d + 3 * bias * d + (c.conv_kernel + 5) * d
     return c.layers * layer + _stem_parameters(c, workload) + (norm if c.final_norm else 0)
+
+
+def _norm_parameters(c: ModelConfig) -> Quantity:
+    return c.d_model * (2 if c.norm == "layer" else 1)
 
 
 def _stem_parameters(c: ModelConfig, workload: Workload) -> Quantity:
@@ -207,7 +211,7 @@ def _stem_parameters(c: ModelConfig, workload: Workload) -> Quantity:
         count = (c.features + 2) * d
     if c.position in ("learned", "sinusoidal"):
         count += (c.max_positions or workload.seq) * d
-    return count + (2 * d if c.embedding_norm else 0)
+    return count + (_norm_parameters(c) if c.embedding_norm else 0)
 
 
 def _tables(s: Setting) -> Quantity:

@@ -103,16 +103,16 @@ class Runner:
     def __call__(
         self,
         inputs: Array,
-        method: str = "dense",
+        method: str | Dense = "dense",
         params: Mapping[str, Any] | None = None,
         *,
         causal: bool | None = None,
         mask: Array | None = None,
         record: bool = True,
     ) -> Run:
-        """See `forward`."""
+        """See `forward`; `method` may be a fresh program instead of a name."""
         check_inputs(self.config, inputs)
-        steps = program(method, self.config, params)
+        steps = program(method, self.config, params) if isinstance(method, str) else method
         x = self.engine.asarray(inputs if self.config.stem == "tokens" else inputs.astype(self._dtype, copy=False))
         mask = None if mask is None else self.engine.asarray(mask)
         causal = self.config.causal if causal is None else causal

@@ -241,7 +241,7 @@ class NumpyEngine:
         zero = self.xp.zeros_like(maximum)
         e = self.xp.exp(s - self.xp.where(maximum == -math.inf, zero, maximum))
         total = self.xp.sum(e, axis=-1, keepdims=True)
-        return e, self.xp.where(total == 0.0, zero + self.xp.ones_like(zero), total)
+        return e, self.xp.where(total == 0.0, self.xp.ones_like(total), total)
 
     def _hide(self, s: Array, mask: Array) -> Array:
         return self.xp.where(mask, s, self.xp.full((1, 1, 1, 1), -math.inf, dtype=s.dtype))

@@ -10,7 +10,7 @@ from typing import Any
 from refimpl.components import HEAD, SOFTMAX, WEIGHTED_SUM
 from refimpl.config import ModelConfig
 from refimpl.engines.protocol import Array
-from refimpl.methods.steps import Layer, feed_forward, logits, project_heads, project_output
+from refimpl.methods.steps import Layer, Queries, feed_forward, logits, project_heads, project_output
 from refimpl.recorder import At
 from refimpl.weights.layout import Weights
 
@@ -25,9 +25,13 @@ class Dense:
     def attention(self, at: At, x: Array, layer: Layer) -> Array:
         """The attention sublayer: (B, T, d) -> (B, T, d)."""
         q, k, v = project_heads(at, x, layer)
-        weights = at(SOFTMAX).softmax(logits(at, q, k, layer), layer.causal)  # (B, H, T, T)
+        weights = self.attention_map(at, q, k, layer)  # (B, H, T, T)
         context = at(WEIGHTED_SUM).weighted_sum(weights, v, layer.causal)  # (B, H, T, D)
         return project_output(at, context, layer)
+
+    def attention_map(self, at: At, q: Queries, k: Array, layer: Layer) -> Array:
+        """``softmax(scale q kᵀ + mask)``: (B, H, T, T)."""
+        return at(SOFTMAX).softmax(logits(at, q, k, layer), layer.causal)
 
     def feed_forward(self, at: At, x: Array, weights: Weights) -> Array:
         """The feed-forward sublayer: (B, T, d) -> (B, T, d)."""

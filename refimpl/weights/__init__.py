@@ -111,7 +111,13 @@ def load_model(
         raise WeightsError(found.absent)
     if _too_short(found.config, positions):
         if weights == "auto" and found.preset:
-            return _random(found, seed, dtype, positions, f"; the pretrained ones have {found.config.max_positions} positions")
+            return _random(
+                found,
+                seed,
+                dtype,
+                positions,
+                f"; the pretrained ones have {found.config.max_positions} positions",
+            )
         raise WeightsError(
             f"{found.config.name} has {found.config.max_positions} positions, {positions} are needed: "
             "take a shorter sequence or weights='random'"
@@ -146,7 +152,10 @@ class _Location:
     @staticmethod
     def of(given: str | Path | ModelConfig) -> _Location:
         if isinstance(given, ModelConfig):
-            return _Location(given, absent=f"{given.name}: a shape alone has no pretrained weights: name a model or a folder")
+            return _Location(
+                given,
+                absent=f"{given.name}: a shape alone has no pretrained weights: name a model or a folder",
+            )
         name = _canonical(str(given))
         if name in presets():
             return _named(name)
@@ -157,7 +166,9 @@ class _Location:
             absent = f"{path} holds a shape only: give the folder that holds the weights"
             return _Location(config_from_huggingface(path), absent=absent)
         if _looks_like_path(str(given)):
-            raise ConfigError(f"no such file or folder: {path}; give a model name, a checkpoint folder or a config.json")
+            raise ConfigError(
+                f"no such file or folder: {path}; give a model name, a checkpoint folder or a config.json"
+            )
         raise unknown("model", str(given), [*presets(), *_aliases()])
 
 
@@ -228,7 +239,9 @@ def _cast_one(name: str, values: np.ndarray, dtype: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         cast = values.astype(dtype, copy=False)
     if dtype == "float16" and np.isinf(cast).any() and np.isfinite(values).all():
-        raise WeightsError(f"'{name}' holds values up to {np.abs(values).max():.3g}, too large for float16: use float32")
+        raise WeightsError(
+            f"'{name}' holds values up to {np.abs(values).max():.3g}, too large for float16: use float32"
+        )
     return cast
 
 

@@ -189,11 +189,17 @@ def _fetch_into(entry: Entry, scratch: Path, report: Progress, force: bool) -> P
 
 # --- download -------------------------------------------------------------------------------------------------------
 
+_PIP_OPTIONS = (
+    "download", "--no-deps", "--only-binary=:all:", "--require-hashes",  # this wheel and no other; nothing is built
+    "--no-input", "--no-cache-dir", "--progress-bar=off", "--disable-pip-version-check",
+)  # fmt: skip
+
 # What pip writes -> what we say; the first match counts.
 _PIP_FAILURES = {
     "No module named pip": "pip is not installed in this Python: run python -m ensurepip",
     "No space left on device": "the disk is full: free some space",
     "DO NOT MATCH THE HASHES": "the package has another checksum than the one that effref knows; nothing was kept",
+    "NameResolutionError": "there is no network: connect and try again",
     "name resolution": "there is no network: connect and try again",
     "NewConnectionError": "there is no network: connect and try again",
     "Failed to establish a new connection": "there is no network: connect and try again",
@@ -207,11 +213,7 @@ def _download(entry: Entry, scratch: Path) -> Path:
     """Let pip bring the wheel, with its own checksum test, into `scratch`."""
     requirements, wheels = scratch / "requirements.txt", scratch / "wheels"
     requirements.write_text(f"{entry.package}=={entry.version} --hash=sha256:{entry.sha256}\n", "utf-8")
-    code, log = _run_pip(
-        ["download", "--no-deps", "--only-binary", ":all:", "--require-hashes", "-r", str(requirements)]
-        + ["-d", str(wheels), "--no-input", "--no-cache-dir", "--progress-bar", "off", "--disable-pip-version-check"],
-        scratch,
-    )
+    code, log = _run_pip([*_PIP_OPTIONS, "--requirement", str(requirements), "--dest", str(wheels)], scratch)
     found = sorted(wheels.glob("*.whl"))
     if code != 0 or len(found) != 1:
         raise WeightsError(f"cannot download {entry.package} {entry.version}: {_why(code, log)}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import zlib
-from typing import Any
 
 import numpy as np
 
@@ -74,7 +73,7 @@ def _weight(config: ModelConfig, name: str, shape: Shape, seed: int) -> np.ndarr
     rng = np.random.default_rng((seed, zlib.crc32(name.encode())))
     *_, part, leaf = name.split(".")
     if leaf == "variance":
-        return np.exp(_normal(rng, shape, SMALL))
+        return 1 + np.abs(_normal(rng, shape, SMALL))
     if leaf == "weight" and part.endswith("norm"):
         return 1 + _normal(rng, shape, SMALL)
     if leaf in ("bias", "mean"):
@@ -85,14 +84,14 @@ def _weight(config: ModelConfig, name: str, shape: Shape, seed: int) -> np.ndarr
 def _fan_in(part: str, shape: Shape) -> int:
     """How many inputs one output sums: of matrices (out, in) and convolutions (out, kernel, in) all but the first axis.
 
-    Tables (rows, d), the class token (d,) and the biases u and v (H, D) count their last axis.
+    Tables (rows, d) and vectors count their last axis.
     """
     if part == "depthwise":  # (kernel, d)
         return shape[0]
     return math.prod(shape[1:]) if len(shape) > 1 else shape[0]
 
 
-def _normal(rng: Generator, shape: Shape, deviation: float) -> Any:
-    values = rng.standard_normal(shape, dtype=np.float32)
+def _normal(rng: Generator, shape: Shape, deviation: float) -> np.ndarray:
+    values: np.ndarray = rng.standard_normal(shape, dtype=np.float32)
     values *= np.float32(deviation)  # in place: the array may be large
     return values

@@ -157,7 +157,12 @@ WHISPER_CTRANSLATE2 = Family(
     ignored=r"decoder\..*|num_heads|pre_norm|activation|scale_embeddings",
 )
 
-FAMILIES: dict[str, Family] = {"bert": BERT, "whisper": WHISPER, "llama": LLAMA, "gpt2": GPT2}  # by model_type
+FAMILIES: dict[str, Family] = {
+    "bert": BERT,
+    "whisper": WHISPER,
+    "llama": LLAMA,
+    "gpt2": GPT2,
+}  # by model_type
 
 _OLD_LEAVES = {"gamma": "weight", "beta": "bias"}
 
@@ -285,9 +290,7 @@ def _several(stored: Stored) -> tuple[str, ...]:
     return (stored,) if isinstance(stored, str) else stored
 
 
-def _part(
-    family: Family, config: ModelConfig, store: Store, stored: Mapping[str, str], source: str
-) -> np.ndarray:
+def _part(family: Family, config: ModelConfig, store: Store, stored: Mapping[str, str], source: str) -> np.ndarray:
     """One stored tensor, its axes in canonical order."""
     if source not in stored:
         if re.fullmatch(family.zero_bias, source):
@@ -418,11 +421,13 @@ class _Cursor:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.left = memoryview(np.memmap(path, np.uint8, "r")) if path.stat().st_size else memoryview(b"")
+        self.left = np.memmap(path, np.uint8, "r").data if path.stat().st_size else memoryview(b"")
 
     def take(self, size: int) -> memoryview:
         if size > len(self.left):
-            raise WeightsError(f"{self.path} is truncated: {size - len(self.left)} bytes are missing; download it again")
+            raise WeightsError(
+                f"{self.path} is truncated: {size - len(self.left)} bytes are missing; download it again"
+            )
         taken, self.left = self.left[:size], self.left[size:]
         return taken
 
@@ -432,7 +437,10 @@ class _Cursor:
 
     def text(self) -> str:
         """A string: length with the closing zero byte, then the bytes."""
-        return bytes(self.take(self.unpack("H"))).rstrip(b"\0").decode("utf-8", "replace")
+        value = bytes(self.take(self.unpack("H"))).rstrip(b"\0").decode("ascii", "replace")
+        if not (value.isascii() and value.isprintable()):
+            raise WeightsError(f"{self.path} is damaged: a name in it is not text")
+        return value
 
 
 class CTranslate2File:
@@ -446,7 +454,7 @@ class CTranslate2File:
         if spec != _CT2_SPEC:
             raise WeightsError(
                 f"{path} is not a CTranslate2 file of version {_CT2_VERSION} with a {_CT2_SPEC} "
-                f"(version {version}, '{spec}'): effref reads no other"
+                f"(version {version}, '{spec[:40]}'): effref reads no other"
             )
         _revision, count = cursor.unpack("II")
         self._variables = {cursor.text(): _variable(cursor) for _ in range(count)}

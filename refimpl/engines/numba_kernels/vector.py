@@ -254,7 +254,7 @@ def fetch_add(typingctx: Any, counter: Any) -> Any:
 def dot_tile(typingctx: Any, out: Any, a: Any, b: Any, depth: Any, row_stride: Any) -> Any:
     """Set the tile ``out = a @ b``: a is (rows, depth) with rows `row_stride` apart, b (depth, lanes) a panel."""
 
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         vectors = _Vectors(builder, out)
         target, left, right, steps, stride = args
         sums = _variables(builder, [vectors.constant(0.0)] * (TILE.rows * TILE.vectors))
@@ -262,6 +262,7 @@ def dot_tile(typingctx: Any, out: Any, a: Any, b: Any, depth: Any, row_stride: A
         for i in range(TILE.rows):
             row = _values(builder, sums[i * TILE.vectors : (i + 1) * TILE.vectors], vectors.type)
             vectors.store_row(row, vectors.at(target, i * vectors.lanes))
+        return context.get_dummy_value()
 
     return types.void(out, out, out, types.intp, types.intp), codegen
 
@@ -270,7 +271,7 @@ def dot_tile(typingctx: Any, out: Any, a: Any, b: Any, depth: Any, row_stride: A
 def rescale_add_tile(typingctx: Any, out: Any, factor: Any, a: Any, b: Any, depth: Any, step_stride: Any) -> Any:
     """Set the tile ``out = factor * out + a.T @ b``: a is (depth, rows) with rows `step_stride` apart, b a panel."""
 
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         vectors = _Vectors(builder, out)
         target, factors, left, right, steps, stride = args
         factor_row = vectors.load_row(factors)
@@ -283,6 +284,7 @@ def rescale_add_tile(typingctx: Any, out: Any, factor: Any, a: Any, b: Any, dept
         for i in range(TILE.rows):
             row = _values(builder, sums[i * TILE.vectors : (i + 1) * TILE.vectors], vectors.type)
             vectors.store_row(row, vectors.at(target, i * vectors.lanes))
+        return context.get_dummy_value()
 
     return types.void(out, out, out, out, types.intp, types.intp), codegen
 
@@ -295,7 +297,7 @@ def online_softmax(typingctx: Any, scores: Any, rows: Any, log2_scale: Any, stat
     of the weights, and, set here, the factor by which everything accumulated before this panel must be multiplied.
     """
 
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         vectors = _Vectors(builder, scores)
         panel, count, scale, place = args
         lanes = cgutils.intp_t(vectors.lanes)
@@ -326,6 +328,7 @@ def online_softmax(typingctx: Any, scores: Any, rows: Any, log2_scale: Any, stat
             old = _values(builder, sums, vectors.type)
             _assign(builder, sums, [builder.fadd(o, w) for o, w in zip(old, weights)])
         vectors.store_row(_values(builder, sums, vectors.type), places[2])
+        return context.get_dummy_value()
 
     return types.void(scores, types.intp, log2_scale, scores), codegen
 
@@ -334,7 +337,7 @@ def online_softmax(typingctx: Any, scores: Any, rows: Any, log2_scale: Any, stat
 def transpose_in(typingctx: Any, out: Any, a: Any, row_stride: Any, factor: Any) -> Any:
     """Set one square of a panel, one vector wide, to ``factor * a.T``; rows of a are `row_stride` apart."""
 
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         vectors = _Vectors(builder, out)
         target, source, stride, scalar = args
         times = vectors.splat(scalar)
@@ -342,6 +345,7 @@ def transpose_in(typingctx: Any, out: Any, a: Any, row_stride: Any, factor: Any)
         rows = [builder.fmul(vectors.load(start), times) for start in starts]
         for r, row in enumerate(vectors.transpose(rows)):
             vectors.store(row, vectors.at(target, r * vectors.lanes))
+        return context.get_dummy_value()
 
     return types.void(out, out, types.intp, factor), codegen
 
@@ -350,7 +354,7 @@ def transpose_in(typingctx: Any, out: Any, a: Any, row_stride: Any, factor: Any)
 def transpose_out(typingctx: Any, out: Any, row_stride: Any, a: Any, factors: Any) -> Any:
     """Set a square of rows `row_stride` apart to ``(a * factors).T``, where a is one vector wide in a panel."""
 
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         vectors = _Vectors(builder, out)
         target, stride, source, factor = args
         times = vectors.load(factor)
@@ -358,6 +362,7 @@ def transpose_out(typingctx: Any, out: Any, row_stride: Any, a: Any, factors: An
         rows = vectors.transpose([builder.fmul(row, times) for row in rows])
         for r, row in enumerate(rows):
             vectors.store(row, vectors.at(target, builder.mul(cgutils.intp_t(r), stride)))
+        return context.get_dummy_value()
 
     return types.void(out, types.intp, out, out), codegen
 

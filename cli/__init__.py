@@ -1,0 +1,28 @@
+"""What the ``effref`` command does, as Python functions.
+
+    import effref
+    effref.estimate(seq=4096, method="reuse")["results"][0]["total"]["predicted_s"]
+
+Nothing is imported before it is used, so that the command answers at once.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .calibration import calibrate
+    from .estimation import estimate
+    from .measurement import measure
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "calibrate", "estimate", "measure"]
+
+_HOME = {"calibrate": ".calibration", "estimate": ".estimation", "measure": ".measurement"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'effref' has no attribute '{name}'")
+    return getattr(import_module(_HOME[name], __name__), name)

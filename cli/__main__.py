@@ -1,0 +1,5 @@
+"""``python -m effref``."""
+
+from .main import main
+
+main()

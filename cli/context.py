@@ -1,0 +1,138 @@
+"""The machine and the software that a result is from."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from contextlib import suppress
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("effref", "numpy", "scipy", "numba", "cupy", "cupy-cuda12x", "cupy-cuda13x")
+_CPU_LIST = Path("/sys/devices/system/cpu")
+_GPU_LIST = Path("/proc/driver/nvidia/gpus")
+
+
+def context(threads: int) -> dict[str, Any]:
+    """The ``context`` of a result."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host": platform.node(),
+        "cpu": cpu_name(),
+        "gpu": gpu_name(),
+        "threads": threads,
+        "blas": _blas(),
+        "versions": _versions(),
+        "commit": _commit(),
+    }
+
+
+def cache_root() -> Path:
+    """Where profiles and the like are kept: ``$EFFREF_CACHE``, or the user's cache folder."""
+    root = os.environ.get("EFFREF_CACHE")
+    if root:
+        return Path(root).expanduser()
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("effref"))
+
+
+@cache
+def cpu_name() -> str:
+    """What the CPU calls itself."""
+    with suppress(OSError):  # Linux on x86 says it at once
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE)
+        if found:
+            return found[1].strip()
+    return _asked_cpu_name()
+
+
+def _asked_cpu_name() -> str:
+    """py-cpuinfo takes a second, so its answer is kept."""
+    kept = cache_root() / f"cpu-{slug(platform.node())}.txt"
+    with suppress(OSError):
+        return kept.read_text("utf-8")
+    import cpuinfo
+
+    name = str(cpuinfo.get_cpu_info().get("brand_raw") or platform.machine())
+    with suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(name, "utf-8")
+    return name
+
+
+@cache
+def gpu_name() -> str | None:
+    """What the first NVIDIA GPU calls itself; None without one. No CUDA is started."""
+    with suppress(OSError):
+        for folder in sorted(_GPU_LIST.iterdir()):
+            found = re.search(r"^Model:\s*(.+)$", (folder / "information").read_text("utf-8"), re.MULTILINE)
+            if found:
+                return found[1].strip()
+    return None
+
+
+@cache
+def cores() -> int:
+    """Physical cores that this process may use."""
+    if not hasattr(os, "sched_getaffinity"):
+        import psutil
+
+        return psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    allowed = os.sched_getaffinity(0)
+    with suppress(OSError):  # hardware threads of one core name the same siblings
+        return len({(_CPU_LIST / f"cpu{cpu}/topology/thread_siblings_list").read_text() for cpu in allowed})
+    return len(allowed)
+
+
+def available_bytes(device: str) -> int:
+    """Memory that can be had now."""
+    if device == "gpu":
+        import cupy
+
+        return int(cupy.cuda.Device().mem_info[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def slug(name: str) -> str:
+    """A name as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-") or "unknown"
+
+
+def _blas() -> str | None:
+    import numpy  # noqa: F401  # its BLAS is what is looked for
+    import threadpoolctl
+
+    for library in threadpoolctl.threadpool_info():
+        if library["user_api"] == "blas":
+            return f"{library['internal_api']} {library['version']}"
+    return None
+
+
+def _versions() -> dict[str, str]:
+    from importlib import metadata
+
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
+
+
+def _commit() -> str | None:
+    """The commit of this checkout; None where effref is installed."""
+    root = Path(__file__).resolve().parents[1]
+    if not ((root / ".git").exists() and (root / "pyproject.toml").is_file()):
+        return None
+    with suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=5
+        )
+        return done.stdout.strip()
+    return None

@@ -1,0 +1,91 @@
+"""Predicted cost of methods at lengths; no kernel is run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from costmodel.hardware import Hardware
+from costmodel.predict import predict
+from refimpl.config import ModelConfig
+
+from . import machines, results
+from .progress import Progress
+from .request import LENGTHS, METHODS, Request, resolve
+
+
+def estimate(
+    model: str | Path | ModelConfig | None = None,
+    seq: int | Sequence[int] = LENGTHS,
+    method: str | Sequence[str] = METHODS,
+    params: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    hardware: str | Hardware | None = None,
+    overrides: Mapping[str, int | None] | None = None,
+    batch: int = 1,
+    dtype: str = "float32",
+    phase: str = "prefill",
+    causal: bool | None = None,
+    device: str | None = None,
+    engine: str | None = None,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """FLOPs, bytes, memory and seconds in closed form.
+
+    Parameters
+    ----------
+    model : str, Path or ModelConfig, optional
+        Preset name, checkpoint folder, ``config.json`` or a shape. Default: the example model of the first method that
+        is not exact.
+    seq, method : int or str, or sequences of them
+        Lengths T, and names of the catalogue. ``dense`` and ``flash`` are computed in any case, for the speed-ups.
+    params : mapping, optional
+        Method -> its parameters, as ``{"reuse": {"group": 4}}``.
+    hardware : str or Hardware, optional
+        Preset, profile file or ``"local"``. Default: this machine's profile, else its nearest preset.
+    overrides : mapping, optional
+        Sizes that replace the model's: layers, d_model, heads, kv_heads, d_ff, vocab.
+    batch, dtype, phase, causal
+        See ``refimpl.Workload``.
+    device, engine, threads
+        Which profile of this machine to take.
+
+    Returns
+    -------
+    result : dict
+        The schema of ``effref estimate --format json``; seconds, bytes and FLOPs.
+
+    Raises
+    ------
+    ConfigError, UnsupportedError
+        Unknown names or values that are not allowed; hardware without a peak for the dtype.
+
+    Examples
+    --------
+    >>> import effref
+    >>> result = effref.estimate(seq=4096, method="reuse", hardware="xeon-8480")
+    >>> result["results"][0]["total"]["matmul_flops"]
+    1035463720960
+    """
+    from .context import context
+
+    request = resolve(
+        model, seq, method, params, overrides=overrides, batch=batch, dtype=dtype, phase=phase, causal=causal,
+        device=device, engine=engine, threads=threads,
+    )  # fmt: skip
+    return {**estimated(request, hardware, Progress()), "context": context(request.threads)}
+
+
+def estimated(request: Request, hardware: str | Hardware | None, progress: Progress) -> dict[str, Any]:
+    """The result without its context."""
+    machine = machines.choose(hardware, request.engine, request.threads, request.dtype, progress)
+    found = []
+    for seq in request.lengths:
+        predictions = {name: predict(request.estimate(name, seq), machine) for name in request.all_methods}
+        seconds = {name: float(prediction.total.seconds) for name, prediction in predictions.items()}
+        for name in request.methods:
+            result = results.entry(request, name, seq, predictions[name])
+            result["speedup"] = results.speedups(seconds, {}, name)
+            found.append(result)
+    return results.document(request, machine, found, progress.notes)

@@ -1,0 +1,78 @@
+"""Which hardware a prediction is for: a preset, a profile, or this machine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from costmodel.hardware import Hardware, MemoryLevel, load_hardware, presets
+from refimpl.errors import ConfigError
+
+from . import profiles
+from .context import cpu_name, gpu_name
+from .progress import Progress
+
+LOCAL = "local"
+_PRIVATE = ("L1D", "L2")  # cache levels that every core has for itself
+# A word of the machine's own name -> its preset; the first that occurs counts, the last is for all others.
+_CPUS = {"epyc": "epyc-9654", "ryzen": "ryzen-7840u", "amd": "epyc-9654", "snapdragon": "snapdragon-8-gen-3", "": "xeon-8480"}
+_GPUS = {"h200": "h200-sxm", "h100": "h100-sxm", "a100": "a100-sxm-80gb", "l4": "l4", "4090": "rtx-4090", "": "h100-sxm"}
+
+
+def choose(given: str | Hardware | None, engine: str, threads: int, dtype: str, progress: Progress) -> Hardware:
+    """The hardware called `given`; by default this machine's profile, else its nearest preset, which is noted.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such hardware, or ``local`` is asked for and was never calibrated.
+    """
+    if isinstance(given, Hardware):
+        return given
+    if given not in (None, LOCAL):
+        return load_hardware(str(given))
+    profile = profiles.load(engine, threads, dtype)
+    if profile:
+        return profile
+    if given == LOCAL:
+        raise ConfigError(
+            f"no profile of this machine for engine {engine}, {threads} threads, {dtype}: run 'effref calibrate' with "
+            "these values, or name a preset from 'effref list hardware'"
+        )
+    hardware = nearest_preset(engine, threads)
+    progress.note(
+        f"not calibrated for {engine}, {threads} threads, {dtype}: times are lower bounds from the spec sheet of "
+        f"{hardware.name}; 'effref calibrate' makes them forecasts"
+    )
+    return hardware
+
+
+def nearest_preset(engine: str, threads: int) -> Hardware:
+    """The preset that resembles this machine, a CPU scaled to the cores in use."""
+    if engine == "cupy":
+        return presets()[_match(gpu_name() or "", _GPUS)]
+    return scaled(presets()[_match(cpu_name(), _CPUS)], threads)
+
+
+def _match(name: str, table: dict[str, str]) -> str:
+    return next(preset for word, preset in table.items() if word in name.lower())
+
+
+def scaled(hardware: Hardware, cores: int) -> Hardware:
+    """A CPU of which only `cores` work: their share of peaks, of cache bandwidth and of private caches; all of the DRAM."""
+    share = cores / hardware.cores
+    if share >= 1:
+        return hardware
+    *caches, last = hardware.memory
+    return replace(
+        hardware,
+        name=f"{hardware.name} scaled to {cores} of {hardware.cores} cores",
+        matmul_flops_per_s={dtype: peak * share for dtype, peak in hardware.matmul_flops_per_s.items()},
+        vector_flops_per_s={dtype: peak * share for dtype, peak in hardware.vector_flops_per_s.items()},
+        memory=(*(_share_of_cache(level, share) for level in caches), last),
+        cores=cores,
+    )
+
+
+def _share_of_cache(level: MemoryLevel, share: float) -> MemoryLevel:
+    size = level.size_bytes * share if level.level in _PRIVATE else level.size_bytes
+    return MemoryLevel(level.level, size, level.bandwidth_bytes_per_s * share)

@@ -1,0 +1,90 @@
+"""The ``effref`` command: finds the subcommand, and turns every failure into one line and an exit code."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import click
+
+from refimpl.errors import EffrefError
+
+from . import __version__
+
+# command -> module of this package whose attribute `command` it is; loaded when asked for
+COMMANDS = {
+    "list": ".command_list",
+    "estimate": ".command_estimate",
+    "measure": ".command_measure",
+    "calibrate": ".command_calibrate",
+    "explain": ".command_explain",
+    "models": ".command_models",
+}
+UNSERVED, INTERRUPTED = 2, 130
+
+
+class Effref(click.Group):
+    """A group that loads its commands late and never shows a traceback."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        found: click.Command = import_module(COMMANDS[cmd_name], __package__).command
+        return found
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f"did you mean '{near[0]}'? " if near else ""
+            raise click.UsageError(f"unknown command '{args[0]}': {hint}known: {', '.join(COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
+        given = list(sys.argv[1:] if args is None else args)
+        sys.exit(_exit_code(lambda: super(Effref, self).main(given or ["--help"], "effref", standalone_mode=False)))
+
+
+def _exit_code(run: Any) -> int:
+    """Run the command; what happened as an exit code, and as one line on stderr where it failed."""
+    try:
+        code = run()
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except EffrefError as error:
+        return _fail(str(error))
+    except click.ClickException as error:
+        return _fail(error.format_message())
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # the reader of stdout has left, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError:
+        return _fail("memory ran out: lower --seq, --batch or the model's size, or take --method flash")
+
+
+def _fail(message: str, code: int = UNSERVED) -> int:
+    click.echo(f"effref: error: {' '.join(message.split())}", err=True)
+    return code
+
+
+@click.group(cls=Effref, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="effref", message="%(prog)s %(version)s")
+def main() -> None:
+    """What efficient-attention methods cost and save: predicted, measured, component by component.
+
+    \b
+    Start with:
+      effref estimate                            predicted, at once, no kernel is run
+      effref measure                             predicted beside measured on this machine
+      effref estimate --seq 4096 --method reuse
+    """

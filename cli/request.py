@@ -1,0 +1,169 @@
+"""What is asked for, resolved and checked: the inputs that estimate and measure share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import costmodel
+from costmodel.closed_form import Estimate
+from refimpl.config import ModelConfig, Workload, override
+from refimpl.engines import ENGINES
+from refimpl.errors import ConfigError, unknown
+from refimpl.methods import CATALOG
+from refimpl.weights import resolve_config
+
+from .context import cores
+
+BASELINES = ("dense", "flash")  # both exact
+METHODS = ("dense", "flash", "reuse")
+LENGTHS = (256, 512, 1024, 2048)
+DEFAULT_ENGINE = {"cpu": "numba", "gpu": "cupy"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A model, methods and lengths, on an engine.
+
+    Attributes
+    ----------
+    model : str, Path or ModelConfig
+        What ``refimpl.load_model`` takes; a ModelConfig where sizes were overridden.
+    config : ModelConfig
+    lengths, methods : tuple
+    params : dict
+        Method -> its parameters as given.
+    """
+
+    model: str | Path | ModelConfig
+    config: ModelConfig
+    lengths: tuple[int, ...]
+    methods: tuple[str, ...]
+    params: Mapping[str, Mapping[str, Any]]
+    batch: int
+    dtype: str
+    phase: str
+    causal: bool | None
+    device: str
+    engine: str
+    threads: int
+
+    @property
+    def all_methods(self) -> tuple[str, ...]:
+        """The methods named, and the baselines that they are compared with."""
+        return tuple(dict.fromkeys((*self.methods, *BASELINES)))
+
+    def estimate(self, method: str, seq: int) -> Estimate:
+        """What a method costs at a length."""
+        workload = Workload(seq, self.batch, self.phase, self.causal, self.dtype)
+        return costmodel.estimate(method, self.config, workload, self.params.get(method))
+
+    def as_config(self) -> dict[str, Any]:
+        """Every resolved input, for the ``config`` of a result."""
+        return {
+            "model": asdict(self.config),
+            "seq": list(self.lengths),
+            "method": list(self.methods),
+            "params": {name: asdict(self.estimate(name, self.lengths[0]).parameters) for name in self.methods},
+            "batch": self.batch,
+            "dtype": self.dtype,
+            "phase": self.phase,
+            "causal": self.config.causal if self.causal is None else self.causal,
+            "device": self.device,
+            "engine": self.engine,
+            "threads": self.threads,
+        }
+
+
+def resolve(
+    model: str | Path | ModelConfig | None = None,
+    seq: int | Sequence[int] = LENGTHS,
+    method: str | Sequence[str] = METHODS,
+    params: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    overrides: Mapping[str, int | None] | None = None,
+    batch: int = 1,
+    dtype: str = "float32",
+    phase: str = "prefill",
+    causal: bool | None = None,
+    device: str | None = None,
+    engine: str | None = None,
+    threads: int | None = None,
+) -> Request:
+    """Fill in the defaults and check everything that can be checked without running.
+
+    Raises
+    ------
+    ConfigError
+        If a name is unknown, or a value is outside what is allowed.
+    """
+    methods = _methods(method)
+    config = resolve_config(_default_model(methods) if model is None else model)
+    changed = override(config, **dict(overrides or {}))
+    device, engine = _device_and_engine(device, engine)
+    if threads is not None and threads < 1:
+        raise ConfigError(f"threads is {threads}; it must be at least 1")
+    request = Request(
+        model=changed if changed is not config else (model or config.name),
+        config=changed,
+        lengths=_lengths(seq),
+        methods=methods,
+        params=_params(params or {}, methods),
+        batch=batch,
+        dtype=dtype,
+        phase=phase,
+        causal=causal,
+        device=device,
+        engine=engine,
+        threads=threads or cores(),
+    )
+    for name in methods:  # parameters and workload are checked here
+        request.estimate(name, request.lengths[0])
+    return request
+
+
+def _methods(given: str | Sequence[str]) -> tuple[str, ...]:
+    methods = tuple(dict.fromkeys([given] if isinstance(given, str) else given))
+    if not methods:
+        raise ConfigError(f"no method given; known: {', '.join(CATALOG)}")
+    for name in methods:
+        if name not in CATALOG:
+            raise unknown("method", name, CATALOG)
+    return methods
+
+
+def _default_model(methods: tuple[str, ...]) -> str:
+    """The example model of the first method that is not a baseline."""
+    return CATALOG[next((name for name in methods if name not in BASELINES), methods[0])].model
+
+
+def _lengths(given: int | Sequence[int]) -> tuple[int, ...]:
+    lengths = tuple(sorted({int(length) for length in ([given] if isinstance(given, int) else given)}))
+    if not lengths or lengths[0] < 1:
+        raise ConfigError(f"seq is {lengths[0] if lengths else 'empty'}; every length must be at least 1")
+    return lengths
+
+
+def _params(given: Mapping[str, Mapping[str, Any]], methods: tuple[str, ...]) -> Mapping[str, Mapping[str, Any]]:
+    for name in given:
+        if name not in CATALOG:
+            raise unknown("method", name, CATALOG)
+        if name not in (*methods, *BASELINES):
+            raise ConfigError(f"parameters are given for '{name}', which is not among the methods: {', '.join(methods)}")
+    return given
+
+
+def _device_and_engine(device: str | None, engine: str | None) -> tuple[str, str]:
+    if engine is not None and engine not in ENGINES:
+        raise unknown("engine", engine, ENGINES)
+    if device is not None and device not in DEFAULT_ENGINE:
+        raise unknown("device", device, DEFAULT_ENGINE)
+    if engine is None:
+        device = device or "cpu"
+        return device, DEFAULT_ENGINE[device]
+    own = ENGINES[engine][2]
+    if device not in (None, own):
+        raise ConfigError(f"engine '{engine}' runs on the {own}, but the device is '{device}': leave one of them away")
+    return own, engine

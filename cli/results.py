@@ -1,0 +1,160 @@
+"""The result of estimate and measure as one dictionary: the JSON schema of the command line, in SI units."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from costmodel.hardware import Hardware
+from costmodel.ops import Cost
+from costmodel.predict import Prediction, Seconds
+
+from .request import BASELINES, Request
+
+SCHEMA_VERSION = 1
+SMALL = 0.02  # components below this share of the measured time do not count for accuracy
+
+
+@dataclass
+class Samples:
+    """Timed passes of one method at one length, in seconds."""
+
+    components: dict[str, list[float]] = field(default_factory=dict)  # instrumented passes
+    totals: list[float] = field(default_factory=list)  # passes without instruments
+
+    @property
+    def complete(self) -> bool:
+        """At least one pass of each kind."""
+        return bool(self.components and self.totals)
+
+
+def document(request: Request, hardware: Hardware, results: list[dict[str, Any]], notes: Sequence[str]) -> dict[str, Any]:
+    """The result without its context, which takes a moment to collect."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "config": {**request.as_config(), "hardware": hardware.name},
+        "hardware": describe(hardware),
+        "results": results,
+        "notes": list(notes),
+    }
+
+
+def describe(hardware: Hardware) -> dict[str, Any]:
+    """The ``hardware`` of a result."""
+    return {
+        "name": hardware.name,
+        "level": hardware.level,
+        "source": hardware.source,
+        "fitted_on": {name: value for name, value in hardware.about.items() if name != "residuals"} or None,
+        "residuals": hardware.about.get("residuals"),
+        "matmul_flops_per_s": dict(hardware.matmul_flops_per_s),
+        "vector_flops_per_s": dict(hardware.vector_flops_per_s),
+        "memory": [asdict(level) for level in hardware.memory],
+    }
+
+
+def entry(request: Request, method: str, seq: int, prediction: Prediction) -> dict[str, Any]:
+    """One method at one length, as predicted."""
+    estimate = prediction.estimate
+    costs, calls, times = estimate.by_component(), estimate.calls(), prediction.by_component()
+    return {
+        "method": method,
+        "params": asdict(estimate.parameters),
+        "seq": seq,
+        "batch": request.batch,
+        "phase": request.phase,
+        "device": request.device,
+        "engine": request.engine,
+        "components": [
+            {"component": name, **_figures(calls[name], costs[name], times[name])} for name in costs
+        ],
+        "total": _figures(sum(calls.values()), estimate.total, prediction.total),
+        "params_bytes": int(estimate.params_bytes),
+        "cache_bytes": 0,
+        "peak_bytes": int(estimate.peak_bytes),
+        "speedup": {},
+    }  # fmt: skip
+
+
+def _figures(calls: Any, cost: Cost, time: Seconds) -> dict[str, Any]:
+    return {
+        "calls": int(calls),
+        "matmul_flops": int(cost.matmul_flops),
+        "vector_flops": int(cost.vector_flops),
+        "bytes_read": int(cost.bytes_read),
+        "bytes_written": int(cost.bytes_written),
+        "predicted_s": float(time.seconds),
+        "predicted_low_s": float(time.low),
+        "predicted_high_s": float(time.high),
+        "bound": str(time.bound),
+    }
+
+
+def add_measured(result: dict[str, Any], samples: Samples) -> None:
+    """Put measured seconds and signed errors beside the predictions."""
+    for row in result["components"]:
+        _add_measured(row, samples.components.get(row["component"], []))
+    _add_measured(result["total"], samples.totals)
+
+
+def _add_measured(row: dict[str, Any], seconds: list[float]) -> None:
+    row["measured_s"] = statistics(seconds)
+    median = row["measured_s"]["median"]
+    row["rel_error"] = (row["predicted_s"] - median) / median if median else None
+
+
+def statistics(seconds: Sequence[float]) -> dict[str, Any]:
+    """Median and spread; with one sample there is no spread, with none nothing."""
+    n = len(seconds)
+    low, high = (float(np.quantile(seconds, p)) for p in (0.1, 0.9)) if n > 1 else (None, None)
+    return {"median": float(np.median(seconds)) if n else None, "p10": low, "p90": high, "n": n}
+
+
+def speedups(predicted: Mapping[str, float], measured: Mapping[str, float | None], method: str) -> dict[str, Any]:
+    """How many times faster than each baseline; None where one of the two is missing."""
+    return {
+        baseline: {"predicted": _ratio(predicted, baseline, method), "measured": _ratio(measured, baseline, method)}
+        for baseline in BASELINES
+    }
+
+
+def _ratio(seconds: Mapping[str, float | None], baseline: str, method: str) -> float | None:
+    slow, fast = seconds.get(baseline), seconds.get(method)
+    return slow / fast if slow and fast else None
+
+
+# --- accuracy -------------------------------------------------------------------------------------------------------
+
+
+def accuracy(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How far predictions lie from measurements: components that matter, and totals."""
+    components = [
+        row["rel_error"]
+        for result in results
+        for row in result["components"]
+        if row["rel_error"] is not None and matters(row, result)
+    ]
+    totals = [result["total"]["rel_error"] for result in results if result["total"]["rel_error"] is not None]
+    return {"components": errors(components), "totals": errors(totals)}
+
+
+def matters(row: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
+    """Whether a component takes a share of the measured time worth judging."""
+    whole = sum(other["measured_s"]["median"] or 0.0 for other in result["components"])
+    return bool((row["measured_s"]["median"] or 0.0) >= SMALL * whole)
+
+
+def errors(relative: Sequence[float]) -> dict[str, Any]:
+    """Median and 90th percentile of the absolute errors, and the median signed one."""
+    if not relative:
+        return {"median_abs": None, "p90_abs": None, "bias": None, "n": 0}
+    absolute = np.abs(relative)
+    return {
+        "median_abs": float(np.median(absolute)),
+        "p90_abs": float(np.quantile(absolute, 0.9)),
+        "bias": float(np.median(relative)),
+        "n": len(relative),
+    }

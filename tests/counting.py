@@ -1,0 +1,181 @@
+"""Counts FLOPs and bytes while the unchanged NumPy engine runs: an oracle for the formulas of ``costmodel.ops``.
+
+`Counted` is an ndarray whose arithmetic adds to a ledger. The operands of an op are watched: every element that takes
+part in arithmetic, a gather, a concatenation or a selection is marked in a shadow of the operand, so bytes read are the
+elements used, each once. Bytes written are the elements of the result, or those that were set where it was built by parts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from costmodel.ops import FORMULAS
+from refimpl.engines.numpy_engine import NumpyEngine
+from refimpl.engines.protocol import SIZES
+
+FREE = {  # selections and comparisons cost no FLOP
+    "equal", "not_equal", "less", "greater", "less_equal", "greater_equal", "isfinite", "isnan", "logical_or",
+    "logical_and", "logical_not",
+}  # fmt: skip
+
+
+@dataclass
+class Ledger:
+    """What one op has done so far."""
+
+    matmul_flops: int = 0
+    vector_flops: int = 0
+    gathered_bytes: int = 0
+    written: dict[int, int] = field(default_factory=dict)  # address of an array built by parts -> elements set
+    watched: list[tuple[int, int, np.ndarray]] = field(default_factory=list)  # address, itemsize, shadow
+
+    def watch(self, operand: np.ndarray) -> Counted:
+        """A copy of an operand whose use is noted."""
+        copy = np.ascontiguousarray(operand).copy().view(Counted)
+        copy.ledger = self
+        self.watched.append((_address(copy), copy.itemsize, np.zeros(max(copy.size, 1), bool)))
+        return copy
+
+    def touch(self, array: Any) -> None:
+        """Mark the elements of a view of an operand."""
+        if not isinstance(array, np.ndarray) or array.size == 0:
+            return
+        address = _address(array)
+        for start, itemsize, shadow in self.watched:
+            offset = (address - start) // itemsize
+            if 0 <= address - start < shadow.size * itemsize:
+                strides = tuple(stride // itemsize for stride in array.strides)
+                np.lib.stride_tricks.as_strided(shadow[offset:], array.shape, strides)[...] = True
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(itemsize * int(shadow.sum()) for _, itemsize, shadow in self.watched) + self.gathered_bytes
+
+
+class Counted(np.ndarray):
+    """An array whose arithmetic is counted in its ledger."""
+
+    ledger: Ledger | None = None
+
+    def __array_finalize__(self, parent: Any) -> None:
+        self.ledger = getattr(parent, "ledger", None)
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        ledger = next(x.ledger for x in inputs if isinstance(x, Counted))
+        for x in inputs:
+            ledger.touch(x)
+        plain = [np.asarray(x) if isinstance(x, np.ndarray) else x for x in inputs]
+        if "out" in kwargs:
+            kwargs["out"] = tuple(np.asarray(x) if isinstance(x, Counted) else x for x in kwargs["out"])
+        result = getattr(ufunc, method)(*plain, **kwargs)
+        if ufunc is np.matmul:
+            ledger.matmul_flops += 2 * result.size * plain[0].shape[-1]
+        elif ufunc.__name__ not in FREE:
+            ledger.vector_flops += plain[0].size if method == "reduce" else np.size(result)
+        return _counted(result, ledger)
+
+    def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if function in (np.concatenate, np.stack, np.where):
+            for x in args[0] if isinstance(args[0], (list, tuple)) else args:
+                self.ledger.touch(x)
+            return _counted(super().__array_function__(function, types, args, kwargs), self.ledger)
+        return super().__array_function__(function, types, args, kwargs)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        address = _address(self)
+        if address in self.ledger.written:
+            self.ledger.written[address] += self.view(np.ndarray)[index].size
+        self.view(np.ndarray)[index] = np.asarray(value)
+
+
+def _counted(result: Any, ledger: Ledger) -> Any:
+    if not isinstance(result, np.ndarray):
+        result = np.asarray(result)
+    array = result.view(Counted)
+    array.ledger = ledger
+    return array
+
+
+def _address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]
+
+
+def _namespace(ledger: Ledger) -> SimpleNamespace:
+    """NumPy, whose arrays built by parts note what is set, and whose gathers are counted."""
+
+    def built(create: Any) -> Any:
+        def make(*args: Any, **kwargs: Any) -> Counted:
+            array = _counted(np.asarray(create(*args, **kwargs)), ledger)
+            ledger.written[_address(array)] = 0
+            return array
+
+        return make
+
+    def take(table: Any, ids: Any, axis: int) -> Any:
+        ledger.touch(ids)
+        rows = np.take(np.asarray(table), np.asarray(ids), axis=axis)
+        ledger.gathered_bytes += rows.nbytes
+        return _counted(rows, ledger)
+
+    own = {"full": built(np.full), "zeros": built(np.zeros), "zeros_like": built(np.zeros_like), "take": take}
+    return SimpleNamespace(**{**{name: getattr(np, name) for name in dir(np) if not name.startswith("_")}, **own})
+
+
+class AuditedEngine(NumpyEngine):
+    """The NumPy engine; after every op its counted cost must equal the formula, as integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.audited = 0
+
+    def __getattribute__(self, name: str) -> Any:
+        if name not in SIZES:
+            return super().__getattribute__(name)
+
+        def audited(*args: Any, **kwargs: Any) -> Any:
+            result = audit(name, *args, **kwargs)
+            self.audited += 1
+            return result
+
+        return audited
+
+
+def audit(op: str, *args: Any, **kwargs: Any) -> Any:
+    """Run one op of the NumPy engine and assert that its formula is what was counted."""
+    ledger = Ledger()
+    itemsize = next(x.itemsize for x in _arrays(args) if x.dtype.kind == "f")
+    engine = NumpyEngine(_namespace(ledger))
+    watched = [_watch(x, ledger) for x in args]
+    watched_kwargs = {name: _watch(x, ledger) for name, x in kwargs.items()}
+    result = getattr(engine, op)(*watched, **watched_kwargs)
+    parts = result if isinstance(result, tuple) else (result,)
+    counted = {
+        "matmul_flops": ledger.matmul_flops,
+        "vector_flops": ledger.vector_flops,
+        "bytes_read": ledger.bytes_read,
+        "bytes_written": sum(_written(part, ledger) for part in parts) * itemsize,
+    }
+    sizes = SIZES[op](*args, **kwargs)
+    cost = FORMULAS[op](itemsize, **sizes)
+    assert {name: getattr(cost, name) for name in counted} == counted, f"{op} {sizes}"
+    plain = tuple(np.array(part) for part in parts)
+    return plain if isinstance(result, tuple) else plain[0]
+
+
+def _written(part: np.ndarray, ledger: Ledger) -> int:
+    return ledger.written.get(_address(part), 0) or part.size
+
+
+def _watch(x: Any, ledger: Ledger) -> Any:
+    if isinstance(x, tuple):
+        return tuple(_watch(item, ledger) for item in x)
+    return ledger.watch(x) if isinstance(x, np.ndarray) else x
+
+
+def _arrays(args: Any) -> list[np.ndarray]:
+    flat = [x for arg in args for x in (arg if isinstance(arg, tuple) else (arg,))]
+    return [x for x in flat if isinstance(x, np.ndarray)]

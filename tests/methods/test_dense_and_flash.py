@@ -1,0 +1,114 @@
+"""The two exact baselines: the materialised map and the fused op are one function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import RECIPES, configs, inputs_for, workloads
+
+from refimpl import forward, load_model
+from refimpl.config import ModelConfig, preset
+from refimpl.errors import ConfigError, InputError, ShapeError
+
+
+@settings(max_examples=60, deadline=None)
+@given(config=configs(), workload=workloads())
+def test_flash_equals_dense_in_float64(config: ModelConfig, workload: Any) -> None:
+    model, inputs = load_model(config, dtype="float64"), inputs_for(config, workload)
+    dense = forward(model, inputs, "dense", causal=workload.causal).output
+    flash = forward(model, inputs, "flash", causal=workload.causal).output
+    np.testing.assert_allclose(flash, dense, rtol=1e-9, atol=1e-9)
+
+
+def _tiny(recipe: str, **changes: Any) -> ModelConfig:
+    position = {"post-norm": "learned", "pre-norm": "rotary", "conformer": "relative"}[recipe]
+    sizes: dict[str, Any] = {
+        "layers": 3, "d_model": 16, "heads": 4, "d_ff": 24, "vocab": 30, "position": position, "max_positions": 64,
+        "conv_kernel": 3,
+    }  # fmt: skip
+    return ModelConfig(name="tiny", recipe=recipe, **{**sizes, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", ["dense", "flash"])
+@pytest.mark.parametrize("recipe", ["post-norm", "pre-norm"])
+def test_causal_output_does_not_see_the_future(recipe: str, method: str) -> None:
+    """Bit for bit. (The Conformer's convolution looks ahead by design.)"""
+    model = load_model(_tiny(recipe))
+    ids = np.arange(12)[None, :] % 30
+    changed = ids.copy()
+    changed[0, 8:] = 29
+    kept = forward(model, ids, method, causal=True).output
+    other = forward(model, changed, method, causal=True).output
+    np.testing.assert_array_equal(kept[:, :8], other[:, :8])
+    assert not np.array_equal(kept[:, 8:], other[:, 8:])
+
+
+@pytest.mark.parametrize("method", ["dense", "flash", "reuse"])
+@pytest.mark.parametrize("recipe", ["post-norm", "pre-norm"])
+def test_padded_keys_have_no_influence(recipe: str, method: str) -> None:
+    model = load_model(_tiny(recipe))
+    ids = np.arange(12)[None, :] % 30
+    changed = ids.copy()
+    changed[0, 9:] = 7
+    mask = (np.arange(12) < 9)[None, None, None, :]
+    kept = forward(model, ids, method, mask=mask).output
+    other = forward(model, changed, method, mask=mask).output
+    np.testing.assert_array_equal(kept[:, :9], other[:, :9])
+
+
+def test_relative_positions_are_relative() -> None:
+    """The Conformer's map depends on offsets: equal frames give rows that are shifts of each other."""
+    from refimpl.diagnostics import attention_maps
+
+    config = _tiny("conformer", layers=1, stem="frames", features=2, strides=(1,))
+    inputs = np.ones((1, 40, 2))
+    (weights,) = attention_maps(load_model(config, dtype="float64"), inputs)
+    inner = np.log(weights[0, 0, 10:20])  # far enough from the edges that the convolutions see equal frames
+    shifted = np.log(weights[0, 0, 11:21])
+    np.testing.assert_allclose(np.diff(inner[:, 10:29], axis=1), np.diff(shifted[:, 11:30], axis=1), atol=1e-9)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_output_keeps_dtype_and_inputs(recipe: str) -> None:
+    config = _tiny(recipe, stem="frames", features=3, strides=(2,))
+    for dtype in ("float32", "float64"):
+        inputs = np.random.default_rng(0).standard_normal((2, 20, 3))
+        before = inputs.copy()
+        output = forward(load_model(config, dtype=dtype), inputs).output
+        assert output.dtype == dtype
+        assert output.shape == (2, 10, 16)
+        np.testing.assert_array_equal(inputs, before)
+
+
+def test_inputs_that_do_not_fit_are_refused() -> None:
+    tokens = load_model(_tiny("post-norm"))
+    frames = load_model(_tiny("conformer", stem="frames", features=3, strides=(2,)))
+    with pytest.raises(InputError, match="0 to 29"):
+        forward(tokens, np.array([[30]]))
+    with pytest.raises(InputError, match="whole numbers"):
+        forward(tokens, np.array([[1.5]]))
+    with pytest.raises(ShapeError, match="shape"):
+        forward(tokens, np.array([1, 2]))
+    with pytest.raises(InputError, match="64"):
+        forward(tokens, np.zeros((1, 65), int))
+    with pytest.raises(ShapeError, match="features"):
+        forward(frames, np.zeros((1, 8, 4)))
+    with pytest.raises(InputError, match="NaN"):
+        forward(frames, np.full((1, 8, 3), np.nan))
+    with pytest.raises(ConfigError, match="did you mean 'flash'"):
+        forward(tokens, np.array([[1]]), "flahs")
+    with pytest.raises(ConfigError, match="no parameters"):
+        forward(tokens, np.array([[1]]), "dense", {"group": 2})
+
+
+def test_default_model_runs() -> None:
+    config = preset("conformer-m")
+    inputs = np.random.default_rng(0).standard_normal((1, config.stem_length(8), config.features))
+    run = forward(load_model("conformer-m"), inputs, "flash")
+    assert run.output.shape == (1, 8, 256)
+    assert 0.05 < np.abs(run.output).mean() < 20
+    assert sum(run.breakdown.values()) <= run.seconds
