@@ -35,7 +35,7 @@ class Progress:
     def note(self, text: str) -> None:
         """Something about the result that is not in its numbers."""
         self.notes.append(text)
-        self._line(f"effref: {text}")
+        self.line(text)
 
     def stage(self, text: str) -> None:
         """What begins now."""
@@ -44,7 +44,7 @@ class Progress:
         if self._redraws:
             self.advance(text, 0.0)
         else:
-            self._line(f"effref: {text}")
+            self.line(text)
 
     def advance(self, message: str, fraction: float) -> None:
         """How far the stage is; shown on a terminal only."""
@@ -62,9 +62,10 @@ class Progress:
             self._stream.write("\r\x1b[K")
             self._stream.flush()
 
-    def _line(self, text: str) -> None:
+    def line(self, text: str) -> None:
+        """One line that stays."""
         if self._stream is None:
             return
         self.done()
-        self._stream.write(text + "\n")
+        self._stream.write(f"effref: {text}\n")
         self._stream.flush()

@@ -55,6 +55,11 @@ class Request:
         """The methods named, and the baselines that they are compared with."""
         return tuple(dict.fromkeys((*self.methods, *BASELINES)))
 
+    def baselines(self, only: str | None) -> list[str]:
+        """The baselines whose ratios are shown; a method is not compared with itself alone."""
+        shown = [only] if only else list(BASELINES)
+        return [name for name in shown if self.methods != (name,)]
+
     def estimate(self, method: str, seq: int) -> Estimate:
         """What a method costs at a length."""
         workload = Workload(seq, self.batch, self.phase, self.causal, self.dtype)

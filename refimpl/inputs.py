@@ -7,7 +7,6 @@ patches (B, T - 1, features).
 from __future__ import annotations
 
 import math
-import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -281,7 +280,8 @@ def mel_filters() -> np.ndarray:
     bins = np.linspace(0, SAMPLE_RATE / 2, WINDOW // 2 + 1)  # (201,)
     rising = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]  # (80, 201)
     falling = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
-    filters: np.ndarray = np.maximum(0, np.minimum(rising, falling)) * (2 / (edges[2:] - edges[:-2]))[:, None]
+    triangles = np.maximum(0, np.minimum(rising, falling))  # (80, 201)
+    filters: np.ndarray = triangles * (2 / (edges[2:] - edges[:-2]))[:, None]
     filters.flags.writeable = False  # shared by all callers
     return filters
 
@@ -322,7 +322,7 @@ def _read_wav(path: Path) -> tuple[int, np.ndarray]:
     try:
         with _incomplete_is_an_error():
             rate, samples = wavfile.read(path)
-    except (ValueError, EOFError, OSError, struct.error, UnboundLocalError, wavfile.WavFileWarning) as error:
+    except Exception as error:  # a damaged header makes SciPy divide by zero, and worse
         raise InputError(f"{path} is not a whole WAV file ({error})") from error
     return rate, samples
 
@@ -358,12 +358,7 @@ def _resample(samples: np.ndarray, rate: int) -> np.ndarray:
 
 
 def _array(model: Model, path: Path, seq: int | None) -> Inputs:
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path} is not a .npy file of numbers ({error})") from error
-    if not isinstance(array, np.ndarray):
-        raise InputError(f"{path} holds several arrays; one is needed")
+    array = _read_npy(path)
     notes: list[str] = []
     array = _ids(model, path, array) if model.config.stem == "tokens" else _features(model, path, array)
     length = model.config.stem_length(seq) if seq else array.shape[1]
@@ -375,6 +370,15 @@ def _array(model: Model, path: Path, seq: int | None) -> Inputs:
     positions = _positions(model.config, array.shape[1])
     _check_seq(model, positions)
     return Inputs(array, model.config.stem, tuple(notes), positions)
+
+
+def _read_npy(path: Path) -> np.ndarray:
+    try:
+        with path.open("rb") as file:
+            array: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)
+            return array
+    except (ValueError, EOFError, OSError, MemoryError) as error:
+        raise InputError(f"{path} is not a .npy file of numbers ({error})") from error
 
 
 def _ids(model: Model, path: Path, array: np.ndarray) -> np.ndarray:

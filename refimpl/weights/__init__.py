@@ -105,24 +105,20 @@ def load_model(
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     found = _Location.of(name_or_path)
-    if weights == "random" or (weights == "auto" and not found.has_weights):
+    if weights == "random":
         return _random(found, seed, dtype, positions)
-    if not found.has_weights:
-        raise WeightsError(found.absent)
-    if _too_short(found.config, positions):
-        if weights == "auto" and found.preset:
-            return _random(
-                found,
-                seed,
-                dtype,
-                positions,
-                f"; the pretrained ones have {found.config.max_positions} positions",
-            )
-        raise WeightsError(
-            f"{found.config.name} has {found.config.max_positions} positions, {positions} are needed: "
-            "take a shorter sequence or weights='random'"
-        )
-    return _pretrained(found, dtype)
+    if found.folder is None:
+        if weights == "pretrained":
+            raise WeightsError(found.absent)
+        return _random(found, seed, dtype, positions)
+    if not _too_short(found.config, positions):
+        return _pretrained(found, dtype)
+    limit = found.config.max_positions
+    if weights == "auto" and found.preset:
+        return _random(found, seed, dtype, positions, f"; the pretrained ones have {limit} positions")
+    raise WeightsError(
+        f"{found.config.name} has {limit} positions, {positions} are needed: take a shorter sequence or weights='random'"
+    )
 
 
 def resolve_config(name_or_path: str | Path | ModelConfig) -> ModelConfig:
@@ -145,30 +141,21 @@ class _Location:
     preset: str = ""  # name under which they can be fetched
     absent: str = ""  # what to say when pretrained weights are asked for and there are none
 
-    @property
-    def has_weights(self) -> bool:
-        return self.folder is not None
-
     @staticmethod
     def of(given: str | Path | ModelConfig) -> _Location:
         if isinstance(given, ModelConfig):
-            return _Location(
-                given,
-                absent=f"{given.name}: a shape alone has no pretrained weights: name a model or a folder",
-            )
+            return _Location(given, absent=f"{given.name}: a shape has no pretrained weights; name a model or a folder")
         name = _canonical(str(given))
         if name in presets():
             return _named(name)
-        path = Path(given).expanduser()
-        if path.is_dir():
+        path = Path(os.path.expanduser(given))  # unlike the methods of Path, these never raise
+        if name and os.path.isdir(path):
             return _checkpoint(path)
-        if path.is_file():
+        if os.path.isfile(path):
             absent = f"{path} holds a shape only: give the folder that holds the weights"
             return _Location(config_from_huggingface(path), absent=absent)
         if _looks_like_path(str(given)):
-            raise ConfigError(
-                f"no such file or folder: {path}; give a model name, a checkpoint folder or a config.json"
-            )
+            raise ConfigError(f"no such file or folder: {path}; give a model name, a folder or a config.json")
         raise unknown("model", str(given), [*presets(), *_aliases()])
 
 
@@ -267,6 +254,6 @@ def _tokenizer(model: Model) -> Any:
 def _how_to_get_tokenizer(model: Model) -> str:
     from refimpl.weights import pretrained
 
-    if model.config.name in pretrained.available() and model.assets is None:
+    if model.config.name in pretrained.available() and pretrained.folder(model.config.name) is None:
         return f"effref models fetch {model.config.name}"
     return "use a model that has one, or give token ids as .npy"

@@ -16,7 +16,7 @@ import time
 import tomllib
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -29,6 +29,7 @@ Progress = Callable[[str], None]
 
 _CHUNK = 1 << 20
 _DAY_S = 86_400
+_ATTEMPTS = 100  # at a renaming that other processes disturb
 _TEMPORARY = ".fetching-"  # prefix of unfinished folders in the cache
 
 
@@ -96,7 +97,7 @@ def cache_folder() -> Path:
     """Where fetched models are kept: ``models`` in ``$EFFREF_CACHE``, or in the user's cache folder."""
     root = os.environ.get("EFFREF_CACHE")
     if root:
-        return Path(root).expanduser() / "models"
+        return Path(os.path.expanduser(root)) / "models"
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("effref")) / "models"
@@ -273,17 +274,23 @@ def _copy_checked(source: IO[bytes], target: Path, expected: File) -> None:
 
 
 def _publish(entry: Entry, files: Path, old: Path, force: bool) -> None:
-    """Rename the finished folder into its place; a damaged or replaced one goes to `old`, to be deleted."""
-    if not force and _intact(entry):  # another process was faster
-        return
+    """Rename the finished folder into its place; a damaged or replaced one goes to `old`, to be deleted.
+
+    Each failure means that another process has just put its folder there or taken it away, so it is tried again.
+    """
     place = _place(entry)
-    try:
-        if place.exists():
-            os.replace(place, old)
-        os.replace(files, place)
-    except OSError:
-        if not _intact(entry):  # nobody else put it there
-            raise
+    old.mkdir()
+    for attempt in range(_ATTEMPTS):
+        if (attempt or not force) and _intact(entry):  # another process was faster
+            return
+        try:
+            with suppress(FileNotFoundError):
+                os.replace(place, old / str(attempt))
+            os.replace(files, place)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt + 1 == _ATTEMPTS:
+                raise
 
 
 def _remove_abandoned(root: Path) -> None:

@@ -73,9 +73,9 @@ def _weight(config: ModelConfig, name: str, shape: Shape, seed: int) -> np.ndarr
     rng = np.random.default_rng((seed, zlib.crc32(name.encode())))
     *_, part, leaf = name.split(".")
     if leaf == "variance":
-        return 1 + np.abs(_normal(rng, shape, SMALL))
+        return np.exp(_normal(rng, shape, SMALL), dtype=np.float32)
     if leaf == "weight" and part.endswith("norm"):
-        return 1 + _normal(rng, shape, SMALL)
+        return _normal(rng, shape, SMALL, mean=1)
     if leaf in ("bias", "mean"):
         return _normal(rng, shape, SMALL)
     return _normal(rng, shape, 1 / math.sqrt(_fan_in(part, shape)))
@@ -91,7 +91,9 @@ def _fan_in(part: str, shape: Shape) -> int:
     return math.prod(shape[1:]) if len(shape) > 1 else shape[0]
 
 
-def _normal(rng: Generator, shape: Shape, deviation: float) -> np.ndarray:
+def _normal(rng: Generator, shape: Shape, deviation: float, mean: float = 0) -> np.ndarray:
     values: np.ndarray = rng.standard_normal(shape, dtype=np.float32)
     values *= np.float32(deviation)  # in place: the array may be large
+    if mean:
+        values += np.float32(mean)
     return values

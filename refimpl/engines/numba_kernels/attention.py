@@ -3,13 +3,13 @@
 One work item is a block of queries of one head. It walks over the keys, `_KEY_BLOCK` at a time, and keeps for each query the
 running maximum m of its scores, the running sum l of ``exp(s - m)`` and the unnormalised output o (online softmax [1]_):
 
-    S  = K Q^T                            scores, keys down, queries across      dot_tile
-    m' = max(m, max S);  P = exp(S - m')  weights;  l' = l e^(m - m') + sum P    online_softmax
-    o' = o e^(m - m') + V^T P             values                                 rescale_add_tile
+    S  = K Q^T                              scores, keys down, queries across     dot_tile
+    m' = max(m, max S),  P = exp(S - m')    weights;  l' = l e^(m - m') + sum P   online_softmax
+    o' = o e^(m - m') + V^T P               values                                rescale_add_tile
 
 and ``o / l`` at the end. The T x T map never exists: a thread owns a few blocks that fit its caches (FlashAttention [2]_).
-Everything is transposed, queries along the vector, so that maxima, sums and rescaling need no work across lanes, and K and V
-enter as single numbers, read once from rows copied to where the cache can hold them. Queries are packed in *panels*, see `vector`.
+Everything is transposed, queries along the vector: maxima, sums and rescaling need no work across lanes, and K and V enter as
+single numbers, from rows copied to where the caches hold them. Queries and outputs are kept as panels; see `vector`.
 
 .. [1] M. Milakov, N. Gimelshein, "Online normalizer calculation for softmax", 2018, arXiv:1805.02867, algorithm 3.
 .. [2] T. Dao et al., "FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness", 2022, arXiv:2205.14135.
@@ -17,6 +17,7 @@ enter as single numbers, read once from rows copied to where the cache can hold 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 import numpy.typing as npt
-from numba import njit, prange
+from numba import carray, njit, types
 
 from .vector import (
     TILE,
@@ -35,20 +36,21 @@ from .vector import (
     panel_lanes,
     pointer,
     rescale_add_tile,
+    run_on_threads,
     skew_add,
     transpose_in,
     transpose_out,
 )
 
-_KEY_BLOCK = 128  # keys per step; their weights for one panel of queries stay in the first-level cache
-_PANELS = 4  # panels of queries per work item: every copied block of keys and values is used that often
-_ALIGNMENT = 64  # bytes of a cache line
-
-_ITEMS_PER_THREAD = 4  # at least, where there are enough queries, so that threads finish together
-
 Array = npt.NDArray[Any]
-_inner = njit(error_model="numpy")  # for parts of a kernel; they are compiled into it
-_ROWS = TILE.rows  # a compile-time constant of the kernels, fixed by the host's instruction set
+
+_KEY_BLOCK = 128  # keys per step: their weights for one panel of queries stay in the first-level cache
+_PANELS = 4  # panels of queries per work item: every copied block of keys and values is used that often
+_ITEMS_PER_THREAD = 4  # at least, where there are enough queries, so that threads finish together
+_CACHE_LINE = 64  # bytes
+
+_ROWS = TILE.rows  # of a register tile; fixed by the host's instruction set, a constant in the compiled code
+_part = njit(error_model="numpy")  # for the parts of a kernel, which are compiled into it
 
 
 class Operand(NamedTuple):
@@ -62,11 +64,11 @@ class Operand(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """The sizes of one call, how it is cut into work items, and what is to be hidden or added."""
+    """The sizes of one call, how it is cut into work items, and what is hidden or added."""
 
     B: int
     Hq: int
-    G: int  # query heads that share one head of keys and values
+    G: int  # query heads that share a head of keys and values
     Tq: int
     Tk: int
     D: int
@@ -76,109 +78,129 @@ class Sizes(NamedTuple):
     vector: int  # numbers in a vector
     panels: int  # panels in a work item
     blocks: int  # work items in a head
-    causal: bool
-    masked: bool
-    relative: bool
+    causal: int
+    masked: int
+    relative: int
 
 
-class Workspace(NamedTuple):
-    """One thread's scratch memory: the elements before each part, in the order in which they lie there."""
+class Scratch(NamedTuple):
+    """One thread's scratch memory: the elements before each part, in the order in which the parts lie there."""
 
     scores: int  # (_KEY_BLOCK, lanes)
     keys: int  # (_KEY_BLOCK, D)
     values: int  # (_KEY_BLOCK, Dv_padded)
     queries: int  # panels x (D, lanes)
     outputs: int  # panels x (Dv_padded, lanes)
-    state: int  # panels x (4, lanes): maximum, shift, sum, factor; see online_softmax
+    state: int  # panels x (4, lanes): see online_softmax
     position_queries: int  # panels x (D, lanes)
     position_scores: int  # (_KEY_BLOCK + lanes, lanes)
     positions: int  # (_KEY_BLOCK + lanes, D)
     end: int
 
 
+class Call(NamedTuple):
+    """All that a kernel needs to know. The type of `sign` in the record below is the type of every array but the mask."""
+
+    q: Operand
+    q_position: Operand
+    k: Operand
+    v: Operand
+    p: Operand
+    mask: Operand
+    out: Operand
+    sizes: Sizes
+    place: Scratch
+    scratch: int  # address of the first thread's scratch memory
+    next_item: int  # address of an int64
+    sign: float  # of the scale
+    log2_scale: float  # |scale| / ln 2: softmax is computed with powers of two
+
+
 # --------------------------------------------------------------------------------------------------------------------------
-# Parts of a work item. A pointer named `panel`, `scores` or `outputs` is to rows of `lanes` numbers.
+# The parts of a work item. A pointer named panel, scores or outputs is to rows of `lanes` numbers.
 # --------------------------------------------------------------------------------------------------------------------------
 
 
-@_inner
+@_part
 def _row(like, x, b, h, i):
     """Point at row i of head h of batch b."""
     return offset(pointer(x.address, like), b * x.batch + h * x.head + i * x.row)
 
 
-@_inner
+@_part
 def _fill(target, count, value):
     """Set `count` numbers."""
     for i in range(count):
         target[i] = value
 
 
-@_inner
-def _copy_rows(target, width, source, row_stride, first, last, rows, columns):
-    """Copy rows first..last-1 to a dense (rows, width) block; rows before 0, after last and columns past `columns` are zero."""
+@_part
+def _round_up(n, step):
+    return (n + step - 1) // step * step
+
+
+@_part
+def _copy_rows(target, width, rows, source, row_stride, first, last, columns):
+    """Copy rows first, first + 1, ... to a dense (rows, width) block: zero before row 0, from row `last` and past `columns`."""
     for j in range(rows):
         row = offset(target, j * width)
-        used = columns if 0 <= first + j < last else 0
         from_row = offset(source, (first + j) * row_stride)
+        used = columns if 0 <= first + j < last else 0
         for d in range(used):
             row[d] = from_row[d]
-        for d in range(used, width):
-            row[d] = 0
+        _fill(offset(row, used), width - used, 0)
 
 
-@_inner
-def _pack_queries(panel, source, row_stride, count, sign, sizes):
-    """Transpose `count` query rows to a panel (D, lanes), times `sign`; the lanes past them are zero."""
-    for lane in range(0, sizes.lanes, sizes.vector):
-        done = 0
-        if lane + sizes.vector <= count:
-            done = sizes.D - sizes.D % sizes.vector
-            for d in range(0, done, sizes.vector):
-                from_square = offset(source, lane * row_stride + d)
-                transpose_in(offset(panel, d * sizes.lanes + lane), from_square, row_stride, sign)
-        for d in range(done, sizes.D):
-            for i in range(lane, lane + sizes.vector):
-                panel[d * sizes.lanes + i] = sign * source[i * row_stride + d] if i < count else 0
+@_part
+def _pack_queries(panel, x, b, h, first, sign, sizes):
+    """Transpose a panel's query rows to (D, lanes), times `sign`; lanes past the last query are zero."""
+    rows, count = _row(sign, x, b, h, first), min(sizes.lanes, sizes.Tq - first)
+    D, lanes, vector, stride = sizes.D, sizes.lanes, sizes.vector, x.row
+    for lane in range(0, lanes, vector):
+        squares = D - D % vector if lane + vector <= count else 0
+        for d in range(0, squares, vector):
+            transpose_in(offset(panel, d * lanes + lane), offset(rows, lane * stride + d), stride, sign)
+        for d in range(squares, D):
+            for i in range(lane, lane + vector):
+                panel[d * lanes + i] = sign * rows[i * stride + d] if i < count else 0
 
 
-@_inner
-def _unpack_outputs(target, row_stride, count, panel, state, sizes):
-    """Write ``o / l`` of a panel (Dv, lanes) to `count` output rows; a row whose weights sum to zero saw no key."""
-    sums = offset(state, 2 * sizes.lanes)
-    inverse = offset(state, 3 * sizes.lanes)
-    for i in range(sizes.lanes):
+@_part
+def _unpack_outputs(panel, state, x, b, h, first, like, sizes):
+    """Write ``o / l`` from (Dv, lanes) to a panel's output rows; a row whose weights sum to zero saw no key and is zero."""
+    rows, count = _row(like, x, b, h, first), min(sizes.lanes, sizes.Tq - first)
+    Dv, lanes, vector, stride = sizes.Dv, sizes.lanes, sizes.vector, x.row
+    sums, inverse = offset(state, 2 * lanes), offset(state, 3 * lanes)
+    for i in range(lanes):
         inverse[i] = 1 / sums[i]
-    for lane in range(0, count, sizes.vector):
-        done = 0
-        if lane + sizes.vector <= count:
-            done = sizes.Dv - sizes.Dv % sizes.vector
-            for d in range(0, done, sizes.vector):
-                square = offset(target, lane * row_stride + d)
-                transpose_out(square, row_stride, offset(panel, d * sizes.lanes + lane), offset(inverse, lane))
-        for i in range(lane, min(lane + sizes.vector, count)):
-            for d in range(done, sizes.Dv):
-                target[i * row_stride + d] = panel[d * sizes.lanes + i] * inverse[i]
-    for i in range(count):
-        if sums[i] == 0:
-            _fill(offset(target, i * row_stride), sizes.Dv, 0)
+    for lane in range(0, count, vector):
+        squares = Dv - Dv % vector if lane + vector <= count else 0
+        for d in range(0, squares, vector):
+            square = offset(rows, lane * stride + d)
+            transpose_out(square, stride, offset(panel, d * lanes + lane), offset(inverse, lane))
+        for i in range(lane, min(lane + vector, count)):
+            for d in range(squares, Dv):
+                rows[i * stride + d] = panel[d * lanes + i] * inverse[i]
+            if sums[i] == 0:
+                _fill(offset(rows, i * stride), Dv, 0)
 
 
-@_inner
+@_part
 def _hide_future(scores, first_query, first_key, keys, sizes):
     """Hide from query i every key j > i + Tk - Tq."""
     for j in range(keys):
-        lanes_before = first_key + j - (sizes.Tk - sizes.Tq) - first_query
-        if lanes_before > 0:
-            _fill(offset(scores, j * sizes.lanes), min(lanes_before, sizes.lanes), -np.inf)
+        blind = first_key + j - (sizes.Tk - sizes.Tq) - first_query
+        if blind > 0:
+            _fill(offset(scores, j * sizes.lanes), min(blind, sizes.lanes), -np.inf)
 
 
-@_inner
-def _hide_masked(scores, mask, b, h, first_query, queries, first_key, keys, lanes):
+@_part
+def _hide_masked(scores, mask, b, h, first_query, first_key, keys, sizes):
     """Hide the keys where the mask is False. A mask that is the same for all queries is read once per key."""
     seen = offset(_row(np.uint8(0), mask, b, h, first_query), first_key * mask.column)
+    queries = min(sizes.lanes, sizes.Tq - first_query)
     for j in range(keys):
-        row = offset(scores, j * lanes)
+        row = offset(scores, j * sizes.lanes)
         if mask.row == 0:
             if not seen[j * mask.column]:
                 _fill(row, queries, -np.inf)
@@ -188,121 +210,118 @@ def _hide_masked(scores, mask, b, h, first_query, queries, first_key, keys, lane
                     row[i] = -np.inf
 
 
-@_inner
+@_part
 def _score_rows(scores, keys, rows, panel, sizes):
     """Set scores = keys @ panel for (rows, D) keys, a register tile at a time; rows is a multiple of the tile's."""
     for j in range(0, rows, _ROWS):
         dot_tile(offset(scores, j * sizes.lanes), offset(keys, j * sizes.D), panel, sizes.D, sizes.D)
 
 
-@_inner
-def _add_position_scores(scores, panel, first_query, first_key, keys, p, p_row, rows, products, sizes):
-    """Add q_position[i] . p[Tq - 1 - i + j]: products with the window of p that this panel and these keys meet, skewed."""
+@_part
+def _add_position_scores(scores, panel, h, first_query, first_key, keys, call, space):
+    """Add ``q_position[i] . p[Tq - 1 - i + j]``: products with the rows of p that this panel and these keys meet, skewed."""
+    sizes, place = call.sizes, call.place
     window = keys + sizes.lanes - 1
-    window_padded = _ROWS * ((window + _ROWS - 1) // _ROWS)
-    first = sizes.Tq - first_query + first_key - sizes.lanes
-    _copy_rows(rows, sizes.D, p, p_row, first, 2 * sizes.Tq - 1, window_padded, sizes.D)
-    _score_rows(products, rows, window_padded, panel, sizes)
+    rows, first_row = _round_up(window, _ROWS), sizes.Tq - first_query + first_key - sizes.lanes
+    positions, products = offset(space, place.positions), offset(space, place.position_scores)
+    table = _row(call.sign, call.p, 0, h, 0)
+    _copy_rows(positions, sizes.D, rows, table, call.p.row, first_row, 2 * sizes.Tq - 1, sizes.D)
+    _score_rows(products, positions, rows, panel, sizes)
     skew_add(scores, keys, products)
 
 
-@_inner
+@_part
 def _add_values(outputs, state, values, keys, weights, sizes):
-    """Set outputs = factor * outputs + values.T @ weights for (keys, Dv_padded) values, a register tile at a time."""
+    """Set ``outputs = factor * outputs + values.T @ weights`` for (keys, Dv_padded) values, a register tile at a time."""
     factor = offset(state, 3 * sizes.lanes)
     for d in range(0, sizes.Dv_padded, _ROWS):
         rescale_add_tile(offset(outputs, d * sizes.lanes), factor, offset(values, d), weights, keys, sizes.Dv_padded)
 
 
-@_inner
-def _start_panels(first, n_panels, b, h, q, q_position, sign, space, place, sizes):
-    """Pack the queries of a work item and set its sums to nothing seen."""
-    for n in range(n_panels):
-        query = first + n * sizes.lanes
-        count = min(sizes.lanes, sizes.Tq - query)
-        packed = n * sizes.D * sizes.lanes
-        _pack_queries(offset(space, place.queries + packed), _row(sign, q, b, h, query), q.row, count, sign, sizes)
-        if sizes.relative:
-            source = _row(sign, q_position, b, h, query)
-            panel = offset(space, place.position_queries + packed)
-            _pack_queries(panel, source, q_position.row, count, sign, sizes)
-        state = offset(space, place.state + n * 4 * sizes.lanes)
-        _fill(state, 2 * sizes.lanes, -np.inf)
-        _fill(offset(state, 2 * sizes.lanes), 2 * sizes.lanes, 0)
-    _fill(offset(space, place.outputs), n_panels * sizes.Dv_padded * sizes.lanes, 0)
-
-
-@_inner
-def _attend_keys(n, first_query, first_key, keys, b, h, mask, p, log2_scale, space, place, sizes):
-    """Let panel n of a work item see the block of keys and values that was copied to scratch memory."""
-    scores = offset(space, place.scores)
+@_part
+def _attend_keys(n, b, h, first_query, first_key, keys, call, space):
+    """Let panel n of a work item see the first `keys` of the block of keys and values in scratch memory."""
+    sizes, place = call.sizes, call.place
+    scores, packed = offset(space, place.scores), n * sizes.D * sizes.lanes
     state = offset(space, place.state + n * 4 * sizes.lanes)
-    packed = n * sizes.D * sizes.lanes
-    rows = _ROWS * ((keys + _ROWS - 1) // _ROWS)
-    _score_rows(scores, offset(space, place.keys), rows, offset(space, place.queries + packed), sizes)
+    panel = offset(space, place.queries + packed)
+    _score_rows(scores, offset(space, place.keys), _round_up(keys, _ROWS), panel, sizes)
     if sizes.relative:
         panel = offset(space, place.position_queries + packed)
-        window, products = offset(space, place.positions), offset(space, place.position_scores)
-        table = _row(log2_scale, p, 0, h, 0)
-        _add_position_scores(scores, panel, first_query, first_key, keys, table, p.row, window, products, sizes)
+        _add_position_scores(scores, panel, h, first_query, first_key, keys, call, space)
     if sizes.causal:
         _hide_future(scores, first_query, first_key, keys, sizes)
     if sizes.masked:
-        count = min(sizes.lanes, sizes.Tq - first_query)
-        _hide_masked(scores, mask, b, h, first_query, count, first_key, keys, sizes.lanes)
-    online_softmax(scores, keys, log2_scale, state)
+        _hide_masked(scores, call.mask, b, h, first_query, first_key, keys, sizes)
+    online_softmax(scores, keys, call.log2_scale, state)
     outputs = offset(space, place.outputs + n * sizes.Dv_padded * sizes.lanes)
     _add_values(outputs, state, offset(space, place.values), keys, scores, sizes)
 
 
-@_inner
-def _keys_seen(last_query, sizes):
-    """Count the keys that a query sees, which under a causal mask are all that the queries before it see."""
-    return max(0, min(sizes.Tk, last_query + sizes.Tk - sizes.Tq + 1)) if sizes.causal else sizes.Tk
+@_part
+def _start_panel(n, b, h, first, call, space):
+    """Pack the queries of panel n of a work item and set its state to nothing seen."""
+    sizes, place = call.sizes, call.place
+    packed = n * sizes.D * sizes.lanes
+    _pack_queries(offset(space, place.queries + packed), call.q, b, h, first, call.sign, sizes)
+    if sizes.relative:
+        panel = offset(space, place.position_queries + packed)
+        _pack_queries(panel, call.q_position, b, h, first, call.sign, sizes)
+    state = offset(space, place.state + n * 4 * sizes.lanes)
+    _fill(state, 2 * sizes.lanes, -np.inf)
+    _fill(offset(state, 2 * sizes.lanes), 2 * sizes.lanes, 0)
+    panel_size = sizes.Dv_padded * sizes.lanes
+    _fill(offset(space, place.outputs + n * panel_size), panel_size, 0)
 
 
-@_inner
-def _attend_item(item, q, q_position, k, v, p, mask, out, sign, log2_scale, space, place, sizes):
-    """Compute the output rows of one work item: a block of queries of one head. Longest causal rows come first."""
-    head, block = item // sizes.blocks, item % sizes.blocks
+@_part
+def _finish_panel(n, b, h, first, call, space):
+    """Write the output rows of panel n of a work item."""
+    sizes, place = call.sizes, call.place
+    outputs = offset(space, place.outputs + n * sizes.Dv_padded * sizes.lanes)
+    state = offset(space, place.state + n * 4 * sizes.lanes)
+    _unpack_outputs(outputs, state, call.out, b, h, first, call.sign, sizes)
+
+
+@_part
+def _keys_seen(end, sizes):
+    """Count the keys that the queries before query `end` see."""
+    return max(0, min(sizes.Tk, end + sizes.Tk - sizes.Tq)) if sizes.causal else sizes.Tk
+
+
+@_part
+def _attend_item(item, call, space):
+    """Compute the output rows of one work item: a block of queries of one head. The last queries of a head come first."""
+    sizes, place = call.sizes, call.place
+    head, block = item // sizes.blocks, sizes.blocks - 1 - item % sizes.blocks
     b, h = head // sizes.Hq, head % sizes.Hq
-    first = (sizes.blocks - 1 - block) * sizes.panels * sizes.lanes
-    end = min(sizes.Tq, first + sizes.panels * sizes.lanes)
-    n_panels = (end - first + sizes.lanes - 1) // sizes.lanes
-    _start_panels(first, n_panels, b, h, q, q_position, sign, space, place, sizes)
-    key_rows, value_rows = _row(sign, k, b, h // sizes.G, 0), _row(sign, v, b, h // sizes.G, 0)
-    keys_end = _keys_seen(end - 1, sizes)
-    for j in range(0, keys_end, _KEY_BLOCK):
-        keys = min(_KEY_BLOCK, keys_end - j)
-        _copy_rows(offset(space, place.keys), sizes.D, key_rows, k.row, j, keys_end, _KEY_BLOCK, sizes.D)
-        _copy_rows(offset(space, place.values), sizes.Dv_padded, value_rows, v.row, j, keys_end, keys, sizes.Dv)
-        for n in range(n_panels):
-            query = first + n * sizes.lanes
-            seen = min(keys, _keys_seen(min(query + sizes.lanes, end) - 1, sizes) - j)
+    start = block * sizes.panels * sizes.lanes
+    end = min(sizes.Tq, start + sizes.panels * sizes.lanes)
+    for n, first in enumerate(range(start, end, sizes.lanes)):
+        _start_panel(n, b, h, first, call, space)
+    k, v = _row(call.sign, call.k, b, h // sizes.G, 0), _row(call.sign, call.v, b, h // sizes.G, 0)
+    Tk = _keys_seen(end, sizes)
+    for j in range(0, Tk, _KEY_BLOCK):
+        keys = min(_KEY_BLOCK, Tk - j)
+        _copy_rows(offset(space, place.keys), sizes.D, _round_up(keys, _ROWS), k, call.k.row, j, Tk, sizes.D)
+        _copy_rows(offset(space, place.values), sizes.Dv_padded, keys, v, call.v.row, j, Tk, sizes.Dv)
+        for n, first in enumerate(range(start, end, sizes.lanes)):
+            seen = min(keys, _keys_seen(min(first + sizes.lanes, end), sizes) - j)
             if seen > 0:
-                _attend_keys(n, query, j, seen, b, h, mask, p, log2_scale, space, place, sizes)
-    for n in range(n_panels):
-        query = first + n * sizes.lanes
-        outputs = offset(space, place.outputs + n * sizes.Dv_padded * sizes.lanes)
-        state = offset(space, place.state + n * 4 * sizes.lanes)
-        _unpack_outputs(_row(sign, out, b, h, query), out.row, min(sizes.lanes, end - query), outputs, state, sizes)
+                _attend_keys(n, b, h, first, j, seen, call, space)
+    for n, first in enumerate(range(start, end, sizes.lanes)):
+        _finish_panel(n, b, h, first, call, space)
 
 
-@_inner
-def _attend_items(thread, counter, q, q_position, k, v, p, mask, out, sign, log2_scale, scratch, place, sizes):
+def _kernel_attention(thread, record):
     """Take work items until none is left."""
-    space = offset(pointer(scratch, sign), thread * place.end)
-    item = fetch_add(counter)
+    call = carray(record, 1)[0]
+    sizes = call.sizes
+    space = offset(pointer(call.scratch, call.sign), thread * call.place.end)
+    item = fetch_add(call.next_item)
     while item < sizes.B * sizes.Hq * sizes.blocks:
-        _attend_item(item, q, q_position, k, v, p, mask, out, sign, log2_scale, space, place, sizes)
-        item = fetch_add(counter)
-
-
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
-def _kernel_attention(threads, counter, q, q_position, k, v, p, mask, out, sign, log2_scale, scratch, place, sizes):
-    """Run all work items. The type of `sign` is the type of every array but the mask."""
-    for thread in prange(threads):
-        _attend_items(np.intp(thread), counter, q, q_position, k, v, p, mask, out, sign, log2_scale, scratch, place, sizes)
+        _attend_item(item, call, space)
+        item = fetch_add(call.next_item)
 
 
 # --------------------------------------------------------------------------------------------------------------------------
@@ -310,8 +329,25 @@ def _kernel_attention(threads, counter, q, q_position, k, v, p, mask, out, sign,
 # --------------------------------------------------------------------------------------------------------------------------
 
 
-def _round_up(n: int, step: int) -> int:
-    return -(-n // step) * step
+def _integers(fields: tuple[str, ...]) -> np.dtype[np.void]:
+    return np.dtype([(name, np.intp) for name in fields])
+
+
+@functools.cache
+def _call_dtype(number: np.dtype[Any]) -> np.dtype[np.void]:
+    """Return the record form of `Call` for arrays of type `number`, in which it reaches the threads."""
+    kinds: dict[str, Any] = dict.fromkeys(Call._fields, _integers(Operand._fields))
+    kinds.update(sizes=_integers(Sizes._fields), place=_integers(Scratch._fields))
+    kinds.update(scratch=np.intp, next_item=np.intp, sign=number, log2_scale=number)
+    return np.dtype(list(kinds.items()), align=True)
+
+
+@functools.cache
+def _compiled(number: np.dtype[Any]) -> int:
+    """Compile the kernel for arrays of type `number`, or load it from Numba's disk cache, and return its address."""
+    record = types.CPointer(numba.from_dtype(_call_dtype(number)))
+    address: int = numba.cfunc(types.void(types.intp, record), cache=True, error_model="numpy")(_kernel_attention).address
+    return address
 
 
 def _plan(q: Array, k: Array, v: Array, threads: int, causal: bool, masked: bool, relative: bool) -> Sizes:
@@ -330,7 +366,7 @@ def _plan(q: Array, k: Array, v: Array, threads: int, causal: bool, masked: bool
         Tk=k.shape[2],
         D=D,
         Dv=Dv,
-        Dv_padded=_round_up(Dv, TILE.rows),
+        Dv_padded=-(-Dv // TILE.rows) * TILE.rows,
         lanes=lanes,
         vector=lanes // TILE.vectors,
         panels=panels,
@@ -341,9 +377,9 @@ def _plan(q: Array, k: Array, v: Array, threads: int, causal: bool, masked: bool
     )
 
 
-def _workspace(sizes: Sizes) -> Workspace:
+def _layout(sizes: Sizes) -> Scratch:
     """Lay out one thread's scratch memory, each part on a cache line."""
-    lanes, position_rows = sizes.lanes, (_KEY_BLOCK + sizes.lanes) * sizes.relative
+    lanes, window = sizes.lanes, (_KEY_BLOCK + sizes.lanes) * sizes.relative
     parts = (
         _KEY_BLOCK * lanes,
         _KEY_BLOCK * sizes.D,
@@ -352,16 +388,16 @@ def _workspace(sizes: Sizes) -> Workspace:
         sizes.panels * sizes.Dv_padded * lanes,
         sizes.panels * 4 * lanes,
         sizes.panels * sizes.D * lanes * sizes.relative,
-        position_rows * lanes,
-        position_rows * sizes.D,
+        window * lanes,
+        window * sizes.D,
     )
-    return Workspace(0, *itertools.accumulate(_round_up(part, _ALIGNMENT) for part in parts))
+    return Scratch(0, *itertools.accumulate(-(-part // _CACHE_LINE) * _CACHE_LINE for part in parts))
 
 
 def _readable(x: Array) -> Array:
-    """Return `x`, copied only if its last axis is not contiguous or its strides are not whole elements."""
-    whole = all(stride % x.itemsize == 0 for stride in x.strides)
-    return x if whole and (x.strides[3] == x.itemsize or x.shape[3] <= 1) else x.copy(order="C")
+    """Return `x`, copied only if its last axis is not contiguous or a stride is not a whole number of elements."""
+    contiguous = x.strides[-1] == x.itemsize or x.shape[-1] <= 1
+    return x if contiguous and not any(stride % x.itemsize for stride in x.strides) else x.copy(order="C")
 
 
 def _operand(x: Array) -> Operand:
@@ -379,7 +415,7 @@ def _attend(
     q_position: Array | None = None,
     p: Array | None = None,
 ) -> Array:
-    """Prepare a call of the kernel; `q_position` and `p` are given together or not at all."""
+    """Describe the call to the kernel and run it; `q_position` and `p` are given together or not at all."""
     B, Hq, Tq, _ = q.shape
     if out is None:
         out = np.empty((B, Tq, Hq, v.shape[3]), q.dtype).transpose(0, 2, 1, 3)  # (B, Hq, Tq, Dv)
@@ -387,24 +423,24 @@ def _attend(
         return out
     threads = numba.get_num_threads()
     sizes = _plan(q, k, v, threads, causal, mask is not None, p is not None)
-    place = _workspace(sizes)
-    scratch = np.empty(threads * place.end + _ALIGNMENT, q.dtype)
-    counter = np.zeros(1, np.int64)
+    place = _layout(sizes)
+    scratch = np.empty(threads * place.end + _CACHE_LINE, q.dtype)
+    next_item = np.zeros(1, np.int64)
     q, k, v = _readable(q), _readable(k), _readable(v)
     q_position = q if q_position is None else _readable(q_position)
-    p = q if p is None else _readable(p[None])  # (1, H, 2 * Tq - 1, D)
-    mask = np.empty((1, 1, 1, 1), bool) if mask is None else np.broadcast_to(mask, (B, Hq, Tq, k.shape[2]))
-    number = q.dtype.type
-    _kernel_attention(
-        threads,
-        counter.ctypes.data,
+    p = q if p is None else _readable(p)[None]  # (1, H, 2 * Tq - 1, D)
+    mask = np.ones((1, 1, 1, 1), bool) if mask is None else np.broadcast_to(mask, (B, Hq, Tq, k.shape[2]))
+    call = Call(
         *map(_operand, (q, q_position, k, v, p, mask, out)),
-        number(math.copysign(1.0, scale) if scale else 0.0),
-        number(abs(scale) / math.log(2) if scale else 1.0),
-        _round_up(scratch.ctypes.data, _ALIGNMENT),
-        place,
-        sizes,
+        sizes=sizes,
+        place=place,
+        scratch=-(-scratch.ctypes.data // _CACHE_LINE) * _CACHE_LINE,
+        next_item=next_item.ctypes.data,
+        sign=math.copysign(1.0, scale) if scale else 0.0,
+        log2_scale=abs(scale) / math.log(2) if scale else 1.0,
     )
+    record = np.array([call], _call_dtype(q.dtype))
+    run_on_threads(threads, _compiled(q.dtype), record.ctypes.data)
     return out
 
 

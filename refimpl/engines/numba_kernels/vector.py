@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import llvmlite.binding
 from llvmlite import ir
-from numba import config, types
+import numpy as np
+from numba import config, njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -398,3 +399,26 @@ def skew_add(typingctx: Any, scores: Any, rows: Any, positions: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(scores, types.intp, scores), codegen
+
+
+@intrinsic
+def _invoke(typingctx: Any, function: Any, thread: Any, argument: Any) -> Any:
+    """Call the C function ``void (*)(intp thread, void *argument)`` at an address."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        kind = ir.FunctionType(ir.VoidType(), [args[1].type, args[2].type])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp), codegen
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def run_on_threads(threads, function, argument):
+    """Call ``function(thread, argument)``, both given by address, for thread = 0, 1, ..., threads - 1 at the same time.
+
+    A kernel called inside ``prange`` would be compiled anew in each of the layers that Numba wraps around a parallel loop, six
+    times in all. This loop knows a kernel by its address only, so the kernel is compiled once, and the loop serves all kernels.
+    """
+    for thread in prange(threads):
+        _invoke(function, np.intp(thread), argument)

@@ -1,0 +1,45 @@
+"""``effref estimate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import options, render
+from .estimation import estimated
+from .output import Target
+from .progress import Progress
+from .request import resolve
+
+
+@click.command("estimate")
+@options.shape_options
+@options.method_options
+@options.engine_options
+@options.hardware_option
+@options.output_options
+@options.plot_option
+def command(
+    baseline: str | None, hardware: str | None, form: str | None, path: Path | None, plot: Path | None, quiet: bool,
+    **given: Any,
+) -> None:  # fmt: skip
+    """Predict FLOPs, bytes and seconds, component by component; no kernel is run.
+
+    \b
+    Examples:
+      effref estimate
+      effref estimate --seq 4096 --method reuse --set reuse.group=3
+      effref estimate --model bert-base --seq 2^9:2^14 --hardware h100-sxm --format csv
+    """
+    target = Target.of(form, path, plot)
+    progress = Progress.on_stderr(quiet)
+    request = resolve(**options.request_options(given))
+    document = estimated(request, hardware, progress)
+    if target.needs_context:
+        from .context import context
+
+        document["context"] = context(request.threads)
+    baselines = request.baselines(baseline)
+    target.write(document, lambda: render.estimate_blocks(document, baselines), progress)

@@ -1,0 +1,75 @@
+"""Brings a result to stdout or into files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from refimpl.errors import ConfigError
+
+from . import files, render
+from .progress import Progress
+
+PLOTS = (".svg", ".png")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a result goes and in which form; wrong ones are refused before any work.
+
+    Attributes
+    ----------
+    form : {"table", "json", "csv", "md"}
+    path, plot : Path or None
+        None is stdout, and no plot.
+    """
+
+    form: str
+    path: Path | None = None
+    plot: Path | None = None
+
+    @classmethod
+    def of(cls, form: str | None, path: Path | None, plot: Path | None = None) -> Target:
+        """Check the files; without `form` the suffix of `path` decides."""
+        if path:
+            files.check_target(path)
+        if plot:
+            if plot.suffix not in PLOTS:
+                raise ConfigError(f"--plot {plot}: give a file that ends in {' or '.join(PLOTS)}")
+            files.check_target(plot)
+            from .plot import require_matplotlib
+
+            require_matplotlib()
+        suffix = render.SUFFIXES.get(path.suffix.lower(), "table") if path else "table"
+        return cls(form or suffix, path, plot)
+
+    @property
+    def needs_context(self) -> bool:
+        """Whether the machine's description is part of the form."""
+        return self.form == "json"
+
+    def write(
+        self, document: Mapping[str, Any], blocks: Callable[[], Sequence[render.Block]], progress: Progress
+    ) -> None:
+        """Write the document: raw for machines, `blocks` for people."""
+        progress.done()
+        text = {
+            "json": lambda: render.as_json(document),
+            "csv": lambda: render.as_csv(document),
+            "md": lambda: render.as_markdown(blocks()),
+            "table": lambda: render.as_text(blocks()),
+        }[self.form]()
+        if self.path:
+            files.write_text(self.path, text)
+            progress.line(f"wrote {self.path}")
+        else:
+            click.echo(text, nl=False)
+        if self.plot:
+            from .plot import draw
+
+            draw(document, self.plot)
+            progress.line(f"wrote {self.plot}")

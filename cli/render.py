@@ -1,0 +1,336 @@
+"""The one place where numbers become text: tables, Markdown, CSV and JSON.
+
+Tables scale each column and name the unit in its header; CSV and JSON keep raw SI numbers.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+FORMATS = ("table", "json", "csv", "md")
+SUFFIXES = {".json": "json", ".csv": "csv", ".md": "md"}  # of --output, where --format is not given
+
+Row = Sequence[str]
+Unit = tuple[str, float]
+SECONDS: tuple[Unit, ...] = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
+FLOPS: tuple[Unit, ...] = (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))
+BYTES: tuple[Unit, ...] = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+FLOP_RATES: tuple[Unit, ...] = (("TFLOP/s", 1e12), ("GFLOP/s", 1e9))
+BYTE_RATES: tuple[Unit, ...] = (("TB/s", 1e12), ("GB/s", 1e9))
+CAPACITIES: tuple[Unit, ...] = (("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10))
+NONE = "-"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under headers; the first `left` columns are words, the others numbers.
+
+    Attributes
+    ----------
+    groups : sequence of (str, int)
+        Labels above the headers, each over so many columns.
+    total : sequence of str
+        A last row, set apart.
+    """
+
+    title: str
+    headers: Row
+    rows: Sequence[Row]
+    total: Row = ()
+    groups: Sequence[tuple[str, int]] = ()
+    left: int = 1
+
+
+Block = Table | str
+
+
+# --- blocks to text -------------------------------------------------------------------------------------------------
+
+
+def as_text(blocks: Iterable[Block]) -> str:
+    """For a terminal."""
+    return "\n\n".join(block if isinstance(block, str) else _text(block) for block in blocks) + "\n"
+
+
+def as_markdown(blocks: Iterable[Block]) -> str:
+    """For a page."""
+    return "\n\n".join(block if isinstance(block, str) else _markdown(block) for block in blocks) + "\n"
+
+
+def _text(table: Table) -> str:
+    body = [*table.rows, table.total] if table.total else table.rows
+    widths = [max(map(len, column)) for column in zip(table.headers, *body, strict=True)]
+    first = 0
+    for label, span in table.groups:  # a label wider than its columns widens the last of them
+        own = sum(widths[first : first + span]) + 2 * (span - 1)
+        widths[first + span - 1] += max(len(label) - own, 0)
+        first += span
+
+    def line(cells: Row) -> str:
+        padded = [
+            cell.ljust(width) if column < table.left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "  ".join(padded).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    lines = [table.title] if table.title else []
+    if table.groups:
+        lines.append(_group_line(table.groups, widths))
+    lines += [line(table.headers), rule, *map(line, table.rows)]
+    return "\n".join([*lines, rule, line(table.total)] if table.total else lines)
+
+
+def _group_line(groups: Sequence[tuple[str, int]], widths: Sequence[int]) -> str:
+    cells, first = [], 0
+    for label, span in groups:
+        own = sum(widths[first : first + span]) + 2 * (span - 1)
+        cells.append(f" {label} ".center(own, "-") if label and span > 1 else label.rjust(own))
+        first += span
+    return "  ".join(cells).rstrip()
+
+
+def _markdown(table: Table) -> str:
+    headers = list(table.headers)
+    labels = [label for label, span in table.groups for _ in range(span)]
+    if labels:
+        headers = [f"{label} {header}".strip() for label, header in zip(labels, headers, strict=True)]
+    align = [":--" if column < table.left else "--:" for column in range(len(headers))]
+    total = [f"**{cell}**" if cell else "" for cell in table.total]
+    lines = [headers, align, *table.rows, *([total] if total else [])]
+    text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return f"**{table.title}**\n\n{text}" if table.title else text
+
+
+# --- numbers to text ------------------------------------------------------------------------------------------------
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, but never an exponent; whole above 100."""
+    if value is None:
+        return NONE
+    size = abs(value)
+    if size == 0:
+        return "0"
+    if size < 0.0005:
+        return "<0.001"
+    return f"{value:.{0 if size >= 99.95 else 1 if size >= 9.995 else 2 if size >= 0.9995 else 3}f}"
+
+
+def percent(value: float | None, signed: bool = False) -> str:
+    """A ratio in percent, whole from 10 on."""
+    if value is None:
+        return NONE
+    return f"{100 * value:{'+' if signed else ''}.{0 if abs(value) >= 0.0995 else 1}f}"
+
+
+def times(value: float | None) -> str:
+    """A speed-up."""
+    return NONE if value is None else f"{value:.2f}x"
+
+
+def unit_for(units: Sequence[Unit], value: float) -> Unit:
+    """The largest unit in which `value` is at least 1; the smallest where there is none."""
+    return next((unit for unit in units if value >= unit[1]), units[-1])
+
+
+def quantity(value: float, units: Sequence[Unit]) -> str:
+    """A number with its unit."""
+    name, factor = unit_for(units, value)
+    return f"{number(value / factor)} {name}"
+
+
+def column(
+    name: str, units: Sequence[Unit], values: Sequence[float | None], typical: float | None = None
+) -> tuple[str, list[str]]:
+    """Header and cells of one column, scaled by its largest (or a typical) value."""
+    unit, factor = unit_for(units, typical if typical is not None else max((v or 0.0 for v in values), default=0.0))
+    return f"{name} {unit}".strip(), [number(None if v is None else v / factor) for v in values]
+
+
+def columns_to_rows(columns: Sequence[tuple[str, Sequence[str]]]) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows from columns."""
+    headers = [header for header, _ in columns]
+    return headers, [list(row) for row in zip(*(cells for _, cells in columns), strict=True)]
+
+
+# --- what estimate and measure share --------------------------------------------------------------------------------
+
+
+def heading(document: Mapping[str, Any]) -> str:
+    """What was asked for and on which hardware, in two lines."""
+    config, model, hardware = document["config"], document["config"]["model"], document["hardware"]
+    shape = f"{model['layers']} layers, d {model['d_model']}, {model['heads']} heads"
+    kv = f" ({model['kv_heads']} of keys)" if model["kv_heads"] != model["heads"] else ""
+    meaning = "lower bounds from a spec sheet" if hardware["level"] == "spec" else "forecasts for this machine's profile"
+    causal = ", causal" if config["causal"] else ""
+    return (
+        f"{model['name']}: {shape}{kv}, feed-forward {model['d_ff']}; batch {config['batch']}, {config['dtype']}, "
+        f"{config['phase']}{causal}\n"
+        f"hardware {hardware['name']} (level {hardware['level']}: {meaning})"
+    )
+
+
+def parameters_text(params: Mapping[str, Any]) -> str:
+    """``group=2, share=probabilities``, leaving out what is not set."""
+    return ", ".join(f"{name}={_plain(value)}" for name, value in params.items() if value is not None)
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def method_title(result: Mapping[str, Any]) -> str:
+    params = parameters_text(result["params"])
+    return result["method"] + (f" ({params})" if params else "")
+
+
+def by_method(results: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The results of each method, by rising length."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for result in results:
+        found.setdefault(result["method"], []).append(result)
+    return found
+
+
+def component_grid(
+    results: Sequence[Mapping[str, Any]],
+    columns: Callable[[Mapping[str, Any], Mapping[str, Any], Unit], Row],
+    headers: Callable[[str], Row],
+    typical: Callable[[Mapping[str, Any]], float],
+) -> Table:
+    """One method: components down, lengths across, the same few columns for each length."""
+    unit = unit_for(SECONDS, min(typical(result["total"]) for result in results))
+    names = [row["component"] for row in results[-1]["components"]]
+    rows = {name: [name] for name in names}
+    total = ["total"]
+    for result in results:
+        for row in result["components"]:
+            rows[row["component"]] += columns(row, result, unit)
+        total += columns(result["total"], result, unit)
+    heads = headers(unit[0])
+    return Table(
+        method_title(results[0]),
+        ["component", *(head for _ in results for head in heads)],
+        list(rows.values()),
+        total,
+        groups=[("", 1), *((f"T={result['seq']}", len(heads)) for result in results)],
+    )
+
+
+# --- estimate -------------------------------------------------------------------------------------------------------
+
+DETAILED = 3  # results up to which every column is shown
+
+
+def estimate_blocks(document: Mapping[str, Any], baselines: Sequence[str]) -> list[Block]:
+    """Every column for few results; for many one grid per method and a summary."""
+    results = document["results"]
+    blocks: list[Block] = [heading(document)]
+    if len(results) <= DETAILED:
+        for result in results:
+            blocks += [_estimate_detail(result), _estimate_line(result, baselines)]
+        return blocks
+    for of_method in by_method(results).values():
+        chunks = [of_method[start : start + 6] for start in range(0, len(of_method), 6)]
+        blocks += [_estimate_grid(chunk) for chunk in chunks]
+    blocks.append(_estimate_summary(results, baselines))
+    if len(results) > DETAILED:
+        blocks.append("FLOPs and bytes per component: ask for one length of one method, or take --format csv or json.")
+    return blocks
+
+
+def _estimate_detail(result: Mapping[str, Any]) -> Table:
+    rows = [*result["components"], result["total"]]
+    whole = result["total"]["predicted_s"]
+    columns = [
+        ("component", [row.get("component", "total") for row in rows]),
+        ("bound", [row["bound"] for row in rows]),
+        ("calls", [str(row["calls"]) for row in rows]),
+        column("matmul", FLOPS, [row["matmul_flops"] for row in rows]),
+        column("vector", FLOPS, [row["vector_flops"] for row in rows]),
+        column("read", BYTES, [row["bytes_read"] for row in rows]),
+        column("written", BYTES, [row["bytes_written"] for row in rows]),
+        column("predicted", SECONDS, [row["predicted_s"] for row in rows]),
+        *_band(rows),
+        ("share %", [percent(row["predicted_s"] / whole if whole else None) for row in rows]),
+    ]
+    headers, cells = columns_to_rows(columns)
+    return Table(f"{method_title(result)} at T={result['seq']}", headers, cells[:-1], cells[-1], left=2)
+
+
+def _band(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Low and high, where the hardware has a band."""
+    if all(row["predicted_low_s"] == row["predicted_high_s"] for row in rows):
+        return []
+    typical = max(row["predicted_s"] for row in rows)
+    return [
+        column("low", SECONDS, [row["predicted_low_s"] for row in rows], typical),
+        column("high", SECONDS, [row["predicted_high_s"] for row in rows], typical),
+    ]
+
+
+def _estimate_line(result: Mapping[str, Any], baselines: Sequence[str]) -> str:
+    ratios = [f"{times(result['speedup'][name]['predicted'])} the speed of {name}" for name in baselines]
+    return (
+        f"{result['method']} at T={result['seq']}: {', '.join(ratios)}; weights "
+        f"{quantity(result['params_bytes'], CAPACITIES)}, peak memory {quantity(result['peak_bytes'], CAPACITIES)}"
+    )
+
+
+def _estimate_grid(results: Sequence[Mapping[str, Any]]) -> Table:
+    def columns(row: Mapping[str, Any], result: Mapping[str, Any], unit: Unit) -> Row:
+        whole = result["total"]["predicted_s"]
+        return [number(row["predicted_s"] / unit[1]), percent(row["predicted_s"] / whole if whole else None)]
+
+    return component_grid(results, columns, lambda unit: [unit, "share %"], lambda total: total["predicted_s"])
+
+
+def _estimate_summary(results: Sequence[Mapping[str, Any]], baselines: Sequence[str]) -> Table:
+    totals = [result["total"] for result in results]
+    columns = [
+        ("method", [result["method"] for result in results]),
+        ("bound", [total["bound"] for total in totals]),
+        ("T", [str(result["seq"]) for result in results]),
+        column("matmul", FLOPS, [total["matmul_flops"] for total in totals]),
+        column("vector", FLOPS, [total["vector_flops"] for total in totals]),
+        column("moved", BYTES, [total["bytes_read"] + total["bytes_written"] for total in totals]),
+        column("predicted", SECONDS, [total["predicted_s"] for total in totals], min(t["predicted_s"] for t in totals)),
+        *_band(totals),
+        *((f"vs {name}", [times(result["speedup"][name]["predicted"]) for result in results]) for name in baselines),
+        column("peak", CAPACITIES, [result["peak_bytes"] for result in results]),
+    ]
+    headers, rows = columns_to_rows(columns)
+    return Table("summary, predicted", headers, rows, left=2)
+
+
+# --- machine-readable -----------------------------------------------------------------------------------------------
+
+CSV_FIELDS = (
+    "method", "params", "seq", "batch", "phase", "device", "engine", "component", "calls", "matmul_flops", "vector_flops",
+    "bytes_read", "bytes_written", "predicted_s", "predicted_low_s", "predicted_high_s", "bound", "measured_median_s",
+    "measured_p10_s", "measured_p90_s", "measured_n", "rel_error",
+)  # fmt: skip
+
+
+def as_csv(document: Mapping[str, Any]) -> str:
+    """One row per method, length and component, and one whose component is ``total``."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, CSV_FIELDS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for result in document["results"]:
+        for row in [*result["components"], {"component": "total", **result["total"]}]:
+            timed = {f"measured_{name}_s": value for name, value in row.get("measured_s", {}).items()}
+            n = {"measured_n": row["measured_s"]["n"]} if timed else {}
+            writer.writerow({**result, "params": json.dumps(result["params"]), **row, **timed, **n})
+    return stream.getvalue()
+
+
+def as_json(document: Any) -> str:
+    """Indented; numbers in full precision."""
+    return json.dumps(document, indent=1, allow_nan=False, default=str) + "\n"

@@ -1,0 +1,259 @@
+"""From timing samples to a calibrated `Hardware`.
+
+Each op kind has its own constants (`costmodel.hardware.OpModel`): overhead, matrix rate with half-performance lengths,
+vector rate, bandwidth inside and outside the cache. They are fitted in log space, so that a sample counts by its
+relative error whether it takes microseconds or seconds, with a robust loss, because a shared machine has hiccups, and
+with weak priors that hold a constant near the machine's own figures where the samples do not determine it. Bands come
+from passes that were left out of the fit.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from costmodel.closed_form import Estimate
+from costmodel.hardware import Band, Hardware, MemoryLevel, OpModel
+from costmodel.ops import FORMULAS, Cost
+from costmodel.predict import predict, seconds_of_call
+from refimpl.errors import ConfigError
+
+STREAM = "add"  # the op that only moves data; its bandwidths are the machine's
+PRODUCTS = ("linear", "project")  # the ops whose best rate is the machine's matrix peak
+FOLDS = 4
+
+# op -> sizes whose half-performance length is fitted
+HALVES: dict[str, tuple[str, ...]] = {
+    "linear": ("rows", "d_in", "d_out"),
+    "project": ("rows", "d_in", "d_out"),
+    "conv1d": ("rows", "d_in", "d_out"),
+    "scores": ("q_len", "k_len", "head_dim"),
+    "weighted_sum": ("q_len", "k_len", "head_dim"),
+    "attention": ("q_len", "k_len", "head_dim"),
+    "relative_attention": ("length", "head_dim"),
+}
+HALF_PRIOR = 8.0  # rows, columns: a few vector registers
+PRIOR_SIGMA = {"overhead": 2.0, "half": 1.5, "vector": 1.5, "near": 0.7, "far": 0.7, "cache": 0.7}  # in log units
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The time of one call of an op, a median over `n` rounds."""
+
+    op: str
+    sizes: Mapping[str, int]
+    seconds: float
+    n: int = 1
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One timed forward pass: its closed form, its ops' samples, and its time without instruments."""
+
+    estimate: Estimate
+    samples: list[Sample]
+    total_s: float
+
+
+def fit(passes: Sequence[Pass], itemsize: int, *, kind: Literal["cpu", "gpu"], about: Mapping[str, Any]) -> Hardware:
+    """Fit a machine's constants.
+
+    Parameters
+    ----------
+    passes : sequence of Pass
+        Timed forward passes of models of several widths and lengths.
+    itemsize : int
+        Bytes per element.
+    kind, about
+        Put into the profile.
+
+    Returns
+    -------
+    hardware : Hardware
+        Level "calibrated". `about` gains the residuals per op and of totals (on passes left out of the fit), the
+        numbers of samples, and the factor of the one-efficiency baseline.
+
+    Raises
+    ------
+    ConfigError
+        If there are fewer than two passes or none holds the streaming op.
+    """
+    if len(passes) < 2 or not any(sample.op == STREAM for p in passes for sample in p.samples):
+        raise ConfigError(f"calibration needs at least two passes that hold the op '{STREAM}'; {len(passes)} were given")
+    hardware = _fit_once(passes, itemsize, kind, about)
+    ops, totals = _held_out(passes, itemsize, kind, about)
+    bands = {name: _band(ratios) for name, ratios in ops.items()} | {"total": _band(totals)}
+    residuals = {name: _residual(ratios) for name, ratios in ops.items()} | {"total": _residual(totals)}
+    return _with(hardware, bands, {"residuals": residuals, "global_efficiency": _global_efficiency(passes, hardware)})
+
+
+def _fit_once(
+    passes: Sequence[Pass], itemsize: int, kind: Literal["cpu", "gpu"], about: Mapping[str, Any]
+) -> Hardware:
+    samples: dict[str, list[Sample]] = defaultdict(list)
+    for one in passes:
+        for sample in one.samples:
+            samples[sample.op].append(sample)
+    stream = _fit_op(samples[STREAM], itemsize, None)
+    ops = {name: _fit_op(found, itemsize, stream) for name, found in samples.items()} | {STREAM: stream}
+    dtype = str(about["dtype"])
+    return Hardware(
+        name="local",
+        title="this machine",
+        kind=kind,
+        level="calibrated",
+        source="effref calibrate",
+        capacity_bytes=float(about.get("capacity_bytes", 0)),
+        matmul_flops_per_s={dtype: _best_rate(samples, itemsize, "matmul_flops", PRODUCTS)},
+        vector_flops_per_s={dtype: _best_rate(samples, itemsize, "vector_flops", tuple(set(samples) - set(HALVES)))},
+        memory=(
+            MemoryLevel("cache", stream.cache_bytes, stream.near_bytes_per_s),
+            MemoryLevel("memory", float(about.get("capacity_bytes", 0)), stream.far_bytes_per_s),
+        ),
+        ops=ops,
+        about={**about, "passes": len(passes), "samples": sum(len(found) for found in samples.values())},
+    )
+
+
+def _best_rate(samples: Mapping[str, list[Sample]], itemsize: int, flops: str, ops: tuple[str, ...]) -> float:
+    """The highest sustained rate seen."""
+    return max(
+        getattr(FORMULAS[op](itemsize, **sample.sizes), flops) / sample.seconds for op in ops for sample in samples[op]
+    )
+
+
+# --- one op -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Observed:
+    """The samples of one op as arrays."""
+
+    sizes: Mapping[str, Any]
+    cost: Cost
+    seconds: Any
+
+    @classmethod
+    def of(cls, samples: list[Sample], itemsize: int) -> _Observed:
+        sizes = {name: np.array([s.sizes[name] for s in samples], float) for name in samples[0].sizes}
+        costs = [FORMULAS[s.op](itemsize, **s.sizes) for s in samples]
+        columns = {name: np.array([getattr(cost, name) for cost in costs], float) for name in vars(costs[0])}
+        return cls(sizes, Cost(**columns), np.array([s.seconds for s in samples]))
+
+
+def _fit_op(samples: list[Sample], itemsize: int, stream: OpModel | None) -> OpModel:
+    """Least squares on the logarithm of time; the start is also the centre of the priors."""
+    from scipy.optimize import least_squares
+
+    seen = _Observed.of(samples, itemsize)
+    names, start, sigma = _start(samples[0].op, seen, stream)
+
+    def residuals(x: Any) -> Any:
+        model = _model(names, x, samples[0].op, stream)
+        misfit = np.log(seconds_of_call(model, seen.sizes, seen.cost) / seen.seconds)
+        robust = np.sign(misfit) * np.sqrt(2.0 * (np.sqrt(1.0 + (misfit / 0.1) ** 2) - 1.0))
+        return np.concatenate([robust, (x - start) / sigma])
+
+    return _model(names, least_squares(residuals, start, method="trf").x, samples[0].op, stream)
+
+
+def _start(op: str, seen: _Observed, stream: OpModel | None) -> tuple[list[str], Any, Any]:
+    """The fitted constants by name, the logarithms they start from, and how far each may wander."""
+    values: dict[str, tuple[float, float]] = {"overhead": (float(seen.seconds.min()) / 2, PRIOR_SIGMA["overhead"])}
+    if np.any(seen.cost.matmul_flops):
+        values["matmul"] = (float((seen.cost.matmul_flops / seen.seconds).max()) * 1.1, 0.5)
+        values |= {name: (HALF_PRIOR, PRIOR_SIGMA["half"]) for name in HALVES[op]}
+    if np.any(seen.cost.vector_flops):
+        values["vector"] = (float((seen.cost.vector_flops / seen.seconds).max()) * 1.1, PRIOR_SIGMA["vector"])
+    rate = float((seen.cost.bytes_moved / seen.seconds).max())
+    near, far, cache = (
+        (stream.near_bytes_per_s, stream.far_bytes_per_s, stream.cache_bytes) if stream else (rate, rate / 2, 4e6)
+    )
+    values["near"], values["far"] = (near, PRIOR_SIGMA["near"]), (far, PRIOR_SIGMA["far"])
+    values["cache"] = (cache, PRIOR_SIGMA["cache"] if stream else 2.0)
+    start = np.log([value for value, _ in values.values()])
+    return list(values), start, np.array([spread for _, spread in values.values()])
+
+
+def _model(names: list[str], x: Any, op: str, stream: OpModel | None) -> OpModel:
+    value = dict(zip(names, np.exp(x).tolist(), strict=True))
+    return OpModel(
+        overhead_s=value["overhead"],
+        matmul_flops_per_s=value.get("matmul", 1e30),
+        vector_flops_per_s=value.get("vector", 1e30),
+        half={name: value[name] for name in HALVES.get(op, ()) if name in value},
+        near_bytes_per_s=value["near"],
+        far_bytes_per_s=value["far"],
+        cache_bytes=value["cache"],
+    )
+
+
+# --- bands and baselines ------------------------------------------------------------------------------------------
+
+
+def _held_out(
+    passes: Sequence[Pass], itemsize: int, kind: Literal["cpu", "gpu"], about: Mapping[str, Any]
+) -> tuple[dict[str, list[float]], list[float]]:
+    """Ratios measured / predicted on passes left out in turn; all passes of one model and length leave together."""
+    ops: dict[str, list[float]] = defaultdict(list)
+    totals: list[float] = []
+    models = list(dict.fromkeys(_model_of(one) for one in passes))
+    for fold in range(FOLDS):
+        left_out = set(models[fold::FOLDS])
+        kept = [one for one in passes if _model_of(one) not in left_out]
+        if len(kept) < 2:
+            continue
+        hardware = _fit_once(kept, itemsize, kind, about)
+        for one in passes:
+            if _model_of(one) in left_out and all(sample.op in hardware.ops for sample in one.samples):
+                for sample in one.samples:
+                    cost = FORMULAS[sample.op](itemsize, **sample.sizes)
+                    expected = seconds_of_call(hardware.ops[sample.op], sample.sizes, cost)
+                    ops[sample.op].append(sample.seconds / float(expected))
+                totals.append(one.total_s / float(predict(one.estimate, hardware).total.seconds))
+    return ops, totals
+
+
+def _model_of(one: Pass) -> tuple[Any, int, int]:
+    return one.estimate.config, one.estimate.workload.seq, one.estimate.workload.batch
+
+
+def _band(ratios: list[float]) -> Band:
+    low, high = np.quantile(ratios, [0.1, 0.9]) if ratios else (1.0, 1.0)
+    return Band(float(low), float(high))
+
+
+def _residual(ratios: list[float]) -> dict[str, float]:
+    """Errors (predicted - measured) / measured on shapes that were left out."""
+    errors = 1.0 / np.array(ratios or [1.0]) - 1.0
+    return {
+        "median_abs": float(np.median(np.abs(errors))),
+        "p90_abs": float(np.quantile(np.abs(errors), 0.9)),
+        "bias": float(np.median(errors)),
+        "n": len(ratios),
+    }
+
+
+def bare_roofline(hardware: Hardware) -> Hardware:
+    """The same machine as peaks alone: its measured matrix and vector rates and bandwidths, no constants per op."""
+    return _replaced(hardware, level="spec", ops={}, bands={})
+
+
+def _global_efficiency(passes: Sequence[Pass], hardware: Hardware) -> float:
+    """The one factor by which the bare roofline must be multiplied, as a median over passes."""
+    roof = bare_roofline(hardware)
+    return float(np.median([one.total_s / float(predict(one.estimate, roof).total.seconds) for one in passes]))
+
+
+def _with(hardware: Hardware, bands: Mapping[str, Band], about: Mapping[str, Any]) -> Hardware:
+    return _replaced(hardware, bands=bands, about={**hardware.about, **about})
+
+
+def _replaced(hardware: Hardware, **changes: Any) -> Hardware:
+    from dataclasses import replace
+
+    return replace(hardware, **changes)
