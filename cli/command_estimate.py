@@ -19,7 +19,7 @@ from .request import resolve
 @options.method_options
 @options.engine_options
 @options.hardware_option
-@options.output_options
+@options.output_options("table", "json", "csv", "md")
 @options.plot_option
 def command(
     baseline: str | None, hardware: str | None, form: str | None, path: Path | None, plot: Path | None, quiet: bool,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from costmodel.hardware import Hardware, MemoryLevel, load_hardware, presets
@@ -9,6 +12,7 @@ from refimpl.errors import ConfigError
 
 from . import profiles
 from .context import cpu_name, gpu_name
+from .files import OutputError
 from .progress import Progress
 
 LOCAL = "local"
@@ -44,6 +48,40 @@ def choose(given: str | Hardware | None, engine: str, threads: int, dtype: str, 
         f"{hardware.name}; 'effref calibrate' makes them forecasts"
     )
     return hardware
+
+
+def local(engine: str, threads: int, dtype: str, progress: Progress) -> Hardware:
+    """This machine's profile, calibrated now where there is none."""
+    return profiles.load(engine, threads, dtype) or calibrate(engine, threads, dtype, None, progress)
+
+
+def calibrate(engine: str, threads: int, dtype: str, seconds: float | None, progress: Progress) -> Hardware:
+    """Calibrate this machine, keep the profile, and say so."""
+    from . import calibration
+
+    given = {} if seconds is None else {"seconds": seconds}
+    progress.stage(f"calibrating {engine}, {threads} threads, {dtype}: once, for about half a minute")
+    start = time.perf_counter()
+    with limited(engine, threads):
+        hardware = calibration.calibrate(engine, threads, dtype, progress=progress.advance, **given)
+    spent = time.perf_counter() - start
+    try:
+        progress.line(f"calibrated in {spent:.0f} s; profile kept in {profiles.save(hardware, engine, threads, dtype)}")
+    except OutputError as error:
+        progress.note(f"calibrated in {spent:.0f} s, for this run only: {error}")
+    return hardware
+
+
+@contextmanager
+def limited(engine: str, threads: int) -> Iterator[None]:
+    """Hold BLAS to so many threads; engines with threads of their own are told by ``set_threads``."""
+    if engine != "numpy":
+        yield
+        return
+    import threadpoolctl
+
+    with threadpoolctl.threadpool_limits(threads):
+        yield
 
 
 def nearest_preset(engine: str, threads: int) -> Hardware:

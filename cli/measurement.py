@@ -1,16 +1,15 @@
 """Measured time of methods beside its prediction, component by component.
 
 At each length the methods take turns, so that a change of the machine's speed meets all of them. Every turn is two
-passes: an instrumented one, which gives the components, and a plain one, which gives the total. The first pass of a
-method compiles and warms up and is not counted; at lengths that the time limit hardly allows, only the shortest
-length warms up, where everything that compiles has been compiled.
+passes: an instrumented one, which gives the components, and a plain one, which gives the total. Baselines that were not
+named have plain passes only. Before the turns every method runs once uncounted, because first use compiles and
+touches new memory.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from refimpl.weights import Model, load_model
 from . import context, machines, results
 from .agreement import agreement
 from .progress import Progress
-from .request import LENGTHS, METHODS, Request, resolve
+from .request import BASELINES, LENGTHS, METHODS, Request, resolve
 from .results import Samples
 
 SECONDS = 40.0
@@ -138,72 +137,74 @@ class Source:
         """Whether the file says how long the input is."""
         return self.path is not None and self.own_length
 
-    def read(self, model: Model, request: Request, seq: int | None, seed: int) -> Inputs:
-        """Input of length `seq`, or of its own length."""
+    def read_all(self, model: Model, request: Request, seed: int) -> dict[int, Inputs]:
+        """Length -> input of that length."""
         if self.path is None:
-            assert seq is not None
-            array = random_inputs(model.config, seq, request.batch, seed, request.dtype)
-            return Inputs(array, model.config.stem, (), seq)
-        found = load_input(model, self.path, seq)
-        own = found.array.shape[0]
-        if request.batch != own and own != 1:
+            return {
+                seq: Inputs(random_inputs(model.config, seq, request.batch, seed, request.dtype), model.config.stem, (), seq)
+                for seq in request.lengths
+            }
+        found = [self._from_file(model, request, seq) for seq in ([None] if self.own_length else request.lengths)]
+        return {sequence_length(model.config, given.array): given for given in found}
+
+    def _from_file(self, model: Model, request: Request, seq: int | None) -> Inputs:
+        assert self.path is not None
+        given = load_input(model, self.path, seq)
+        own = given.array.shape[0]
+        if request.batch not in (1, own) and own != 1:
             raise ConfigError(f"{self.path} holds {own} sequences, but batch is {request.batch}: give --batch {own}")
-        return replace(found, array=np.repeat(found.array, request.batch // own, axis=0))
+        return replace(given, array=np.repeat(given.array, max(request.batch // own, 1), axis=0))
 
 
 def measured(
     request: Request, hardware: str | Hardware | None, source: Source, timing: Timing, progress: Progress
 ) -> dict[str, Any]:
     """The result without its context."""
-    ops = get_engine(request.engine)
-    with limited(ops, request.threads):
-        request, methods = _what_fits(replace(request, lengths=(1,)) if source.decides else request, progress)
+    ops = _engine(request)
+    with machines.limited(request.engine, request.threads):
+        _what_fits(replace(request, lengths=(1,)) if source.decides else request, Progress())
         model = _model(request, source, timing, progress)
-        if source.decides:
-            own = source.read(model, request, None, timing.seed)
-            request, methods = _what_fits(replace(request, lengths=(sequence_length(model.config, own.array),)), progress)
+        inputs = source.read_all(model, request, timing.seed)
+        request = replace(request, lengths=tuple(inputs), batch=next(iter(inputs.values())).array.shape[0])
+        methods = _what_fits(request, progress)
         machine = _machine(hardware, request, progress)
-        bench = _Bench(request, methods, machine, Runner(model, ops), source, timing, progress)
-        del model
+        for note in dict.fromkeys(note for given in inputs.values() for note in given.notes):
+            progress.note(note)
+        bench = Bench(request, methods, machine, Runner(model, ops), inputs, timing, progress)
         finished = bench.run()
-    document = results.document(request, machine, bench.results(), progress.notes)
-    document["config"] |= {**vars(timing), "input": str(source.path) if source.path else "random"}
-    document["accuracy"] = bench.accuracy(document["results"])
+    found = bench.results()
+    document = results.document(request, machine, found, progress.notes)
+    document["config"] |= {**vars(timing), "input": str(source.path) if source.path else "seeded random"}
+    document["accuracy"] = results.accuracy(found) | _rivals(request, machine, found)
     return document if finished else {**document, "interrupted": True}
 
 
-@contextmanager
-def limited(ops: Engine, threads: int) -> Iterator[None]:
-    """Run with so many threads."""
+def _engine(request: Request) -> Engine:
+    ops = get_engine(request.engine)
     if hasattr(ops, "set_threads"):
-        ops.set_threads(threads)
-        yield
-        return
-    import threadpoolctl
-
-    with threadpoolctl.threadpool_limits(threads):
-        yield
+        ops.set_threads(request.threads)
+    return ops
 
 
-def _what_fits(request: Request, progress: Progress) -> tuple[Request, tuple[str, ...]]:
+def _what_fits(request: Request, progress: Progress) -> tuple[str, ...]:
     """The methods to run; refuses named ones that do not fit into memory, and leaves out such baselines."""
     available = context.available_bytes(request.device)
-    methods = []
+    fitting = []
     for name in request.all_methods:
         needed = max(request.estimate(name, seq).peak_bytes for seq in request.lengths)
         if needed <= available:
-            methods.append(name)
+            fitting.append(name)
             continue
         shortage = f"{name} needs {needed / 2**30:.2f} GiB of memory and {available / 2**30:.2f} GiB are available"
         if name in request.methods:
             raise UnsupportedError(f"{shortage}: lower --seq, --batch or --layers, or take --method flash")
         progress.note(f"{shortage}: no ratio to it")
-    return request, tuple(methods)
+    return tuple(fitting)
 
 
 def _model(request: Request, source: Source, timing: Timing, progress: Progress) -> Model:
-    positions = 0 if source.decides else request.lengths[-1]
     progress.stage(f"loading {request.config.name}")
+    positions = 0 if source.decides else request.lengths[-1]
     model = load_model(request.model, seed=timing.seed, dtype=request.dtype, positions=positions)
     progress.note(f"{request.config.name}: {model.source}")
     return model
@@ -215,15 +216,18 @@ def _machine(hardware: str | Hardware | None, request: Request, progress: Progre
     return machines.choose(hardware, request.engine, request.threads, request.dtype, progress)
 
 
+# --- the passes -----------------------------------------------------------------------------------------------------
+
+
 @dataclass
-class _Bench:
+class Bench:
     """Passes of the methods over the lengths, and what was seen."""
 
     request: Request
     methods: tuple[str, ...]
     hardware: Hardware
     runner: Runner
-    source: Source
+    inputs: Mapping[int, Inputs]
     timing: Timing
     progress: Progress
     samples: dict[tuple[str, int], Samples] = field(default_factory=dict)
@@ -235,44 +239,137 @@ class _Bench:
             for name in self.methods
             for seq in self.request.lengths
         }
-        self._speed = _Speed()
+        self._began_s = time.perf_counter()
+        self._seen_s = self._expected_s = 0.0  # of all counted passes: how fast this machine is beside the prediction
 
     def run(self) -> bool:
-        """Measure; False when it was interrupted, with what was seen until then."""
+        """Measure all lengths; False when it was interrupted, with what was seen until then."""
         try:
             for seq in self.request.lengths:
                 self._measure_length(seq)
         except KeyboardInterrupt:
-            if not any(samples.complete for samples in self.samples.values()):
+            if not self.results():
                 raise
-            self.progress.note("interrupted: only what was measured until then is shown")
+            self.progress.note("interrupted: what was measured until then is shown")
             return False
         finally:
             self.progress.done()
         return True
 
-    # --- passes -----------------------------------------------------------------------------------------------------
-
     def _measure_length(self, seq: int) -> None:
-        place = self.request.lengths.index(seq)
-        self.progress.stage(f"measuring T={seq} ({place + 1} of {len(self.request.lengths)})")
-        model = Model(self.runner.config, self.runner.weights, "", False)  # its shape, for reading inputs
-        given = self.source.read(model, self.request, seq, self.timing.seed)
-        return self._rounds(seq, given)
-
-    def _rounds(self, seq: int, given: Inputs) -> None:
+        lengths = self.request.lengths
+        self.progress.stage(f"measuring T={seq} ({lengths.index(seq) + 1} of {len(lengths)})")
+        if seq == lengths[0]:
+            self._warm_up(seq)
+            self._began_s = time.perf_counter()  # compilation does not count
+        elif self._seconds_for(seq) > self._round_s(seq):
+            self._warm_up(seq)
         outputs: dict[str, Any] = {}
-        allowed = self._seconds_for(seq)
-        start = time.perf_counter()
-        if seq == self.request.lengths[0] or self._speed.seconds(self._cost(seq)) * 2 < allowed:
-            for _ in range(self.timing.warmup):
-                for name in self.methods:
-                    self._pass(name, seq, given, record=False)
-        for done in range(1, self.timing.repeats + 1):
-            began = time.perf_counter()
+        start, allowed = time.perf_counter(), self._seconds_for(seq)
+        for round_ in range(1, self.timing.repeats + 1):
             for name in self.methods:
-                self._pair(name, seq, given, outputs)
-            now = time.perf_counter()
-            self.progress.advance(f"T={seq}, round {done}", max(done / self.timing.repeats, (now - start) / allowed))
-            if now - start + (now - began) > allowed:
+                self._turn(name, seq, outputs)
+            spent = time.perf_counter() - start
+            self.progress.advance(f"T={seq}, round {round_}", round_ / self.timing.repeats)
+            if spent + spent / round_ > allowed:
                 break
+
+    def _warm_up(self, seq: int) -> None:
+        for _ in range(self.timing.warmup):
+            for name in self.methods:
+                self.progress.advance(f"T={seq}, warming up {name}; the first use on a machine compiles", 0.0)
+                self._pass(name, seq, record=False)
+
+    def _turn(self, name: str, seq: int, outputs: dict[str, Any]) -> None:
+        """An instrumented pass of a named method, and a plain one."""
+        samples = self.samples.setdefault((name, seq), Samples())
+        recorded = self._pass(name, seq, record=True) if name in self.request.methods else None
+        plain = self._pass(name, seq, record=False)
+        if recorded:
+            for component, seconds in recorded.breakdown.items():
+                samples.components.setdefault(component, []).append(seconds)
+        samples.totals.append(plain.seconds)
+        self._seen_s += plain.seconds
+        self._expected_s += float(self.predictions[name, seq].total.seconds)
+        if name not in outputs:
+            self._compare(name, seq, plain.output, outputs)
+
+    def _pass(self, name: str, seq: int, record: bool) -> Run:
+        params, causal = self.request.params.get(name), self.request.causal
+        return self.runner(self.inputs[seq].array, name, params, causal=causal, record=record)
+
+    # --- time -------------------------------------------------------------------------------------------------------
+
+    def _round_s(self, seq: int) -> float:
+        """What one round of turns will take, going by the passes seen so far."""
+        passes = {name: 2 if name in self.request.methods else 1 for name in self.methods}
+        predicted = sum(count * float(self.predictions[name, seq].total.seconds) for name, count in passes.items())
+        return predicted * (self._seen_s / self._expected_s if self._expected_s else 1.0)
+
+    def _seconds_for(self, seq: int) -> float:
+        """The time for a length: later ones keep a warm-up and a round each; of the rest half, or all for the last."""
+        later = [other for other in self.request.lengths if other > seq]
+        kept = sum((1 + 0.5 * self.timing.warmup) * self._round_s(other) for other in later)
+        left = self.timing.max_seconds - (time.perf_counter() - self._began_s) - kept
+        return max(left / 2 if later else left, 0.0)
+
+    # --- what was seen ----------------------------------------------------------------------------------------------
+
+    def _compare(self, name: str, seq: int, output: Any, outputs: dict[str, Any]) -> None:
+        """Check the first output of a method, and compare it with exact attention once both are there."""
+        if not np.isfinite(output).all():
+            raise InputError(
+                f"the output of {name} at T={seq} holds NaN or infinite values in {self.request.dtype}: "
+                "check weights and input, or take --dtype float32"
+            )
+        outputs[name] = output
+        exact = next((baseline for baseline in BASELINES if baseline in self.methods), None)
+        for other in [*outputs] if name == exact else [name]:
+            if exact in outputs:
+                found = agreement(outputs[other], outputs[exact], self.inputs[seq].valid_positions)
+                self.fidelity[other, seq] = {"reference": exact, **found}
+
+    def results(self) -> list[dict[str, Any]]:
+        """One entry per named method and length that has passes of both kinds."""
+        found = []
+        for name in self.request.methods:
+            for seq in self.request.lengths:
+                samples = self.samples.get((name, seq), Samples())
+                if samples.complete:
+                    found.append(self._entry(name, seq, samples))
+        return found
+
+    def _entry(self, name: str, seq: int, samples: Samples) -> dict[str, Any]:
+        entry = results.entry(self.request, name, seq, self.predictions[name, seq])
+        results.add_measured(entry, samples)
+        predicted = {other: float(self.predictions[other, seq].total.seconds) for other in self.methods}
+        seen = {other: self.samples[other, seq].totals for other in self.methods if (other, seq) in self.samples}
+        medians = {other: float(np.median(totals)) for other, totals in seen.items() if totals}
+        entry["speedup"] = results.speedups(predicted, medians, name)
+        entry["fidelity"] = self.fidelity.get((name, seq))
+        entry["flags"] = self._above_roof(entry)
+        return entry
+
+    def _above_roof(self, entry: Mapping[str, Any]) -> list[str]:
+        """Components that are faster than the machine can be: their FLOPs must be wrong."""
+        roof = self.hardware.matmul_flops_per_s.get(self.request.dtype)
+        return [
+            f"{row['component']}: {row['matmul_flops'] / row['measured_s']['median'] / 1e9:.0f} GFLOP/s were measured, "
+            f"above the matrix peak of {roof / 1e9:.0f}: its formula or the profile is wrong"
+            for row in entry["components"]
+            if roof and row["measured_s"]["median"]
+            and row["matmul_flops"] / row["measured_s"]["median"] > ROOF_TOLERANCE * roof
+        ]  # fmt: skip
+
+
+def _rivals(request: Request, hardware: Hardware, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The accuracy that simpler models would have: the bare roofline, and the same times one fitted factor."""
+    if hardware.level == "spec":
+        return {}
+    roof = bare_roofline(hardware)
+    plain = [results.predicted_again(one, predict(request.estimate(one["method"], one["seq"]), roof)) for one in found]
+    rivals = {"bare_roofline": results.accuracy(plain)}
+    factor = hardware.about.get("global_efficiency")
+    if factor:
+        rivals["global_efficiency"] = results.accuracy([results.slower(one, factor) for one in plain])
+    return rivals

@@ -9,11 +9,19 @@ from typing import Any, TypeVar
 import click
 
 from .parsing import parse_lengths, parse_names, parse_settings
-from .render import FORMATS
 
 F = TypeVar("F", bound=Callable[..., Any])
 DTYPES = ("float16", "float32", "float64")
-OVERRIDES = ("layers", "d_model", "heads", "kv_heads", "d_ff", "vocab")
+POSITIVE = click.IntRange(1)
+OUTPUT = click.Path(path_type=Path)
+OVERRIDES = {
+    "layers": "the number of layers",
+    "d_model": "the model width",
+    "heads": "the query heads",
+    "kv_heads": "the key and value heads",
+    "d_ff": "the feed-forward width",
+    "vocab": "the vocabulary",
+}
 
 
 def _parsed(parse: Callable[[Any], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
@@ -29,43 +37,69 @@ def _group(*options: Callable[[Any], Any]) -> Callable[[F], F]:
     return decorate
 
 
+dtype_option = click.option(
+    "--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Of all arrays."
+)
+
 shape_options = _group(
-    click.option("--model", metavar="NAME|FOLDER|FILE", help="Model by name, checkpoint folder or config.json."),
+    click.option("--model", metavar="NAME|FOLDER|FILE", help="Name, checkpoint folder or config.json.  [the method's own]"),
     click.option("--seq", callback=_parsed(parse_lengths), metavar="LENGTHS", help="512,1024 or 2^9:2^13.  [256 to 2048]"),
-    click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once."),
-    click.option("--phase", default="prefill", show_default=True, help="What a pass does."),
+    click.option("--batch", type=POSITIVE, metavar="B", default=1, show_default=True, help="Sequences at once."),
+    click.option("--phase", metavar="NAME", default="prefill", show_default=True, help="What one pass does."),
     click.option("--causal/--no-causal", default=None, help="Override the model's own mask."),
-    click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Of weights and activations."),
+    dtype_option,
     *(
-        click.option("--" + name.replace("_", "-"), name, type=click.IntRange(1), help="Override the model's size.")
-        for name in OVERRIDES
+        click.option("--" + name.replace("_", "-"), name, type=POSITIVE, metavar="N", help=f"Override {what}.")
+        for name, what in OVERRIDES.items()
     ),
 )
 
+set_option = click.option(
+    "--set", "params", multiple=True, callback=_parsed(parse_settings), metavar="NAME.KEY=VALUE",
+    help="A parameter, as reuse.group=4; repeatable.",
+)  # fmt: skip
+
 method_options = _group(
-    click.option("--method", callback=_parsed(parse_names), metavar="NAMES", help="See 'effref list methods'.  [dense,flash,reuse]"),
-    click.option("--set", "params", multiple=True, callback=_parsed(parse_settings), metavar="M.KEY=VALUE", help="A parameter, as reuse.group=4; repeatable."),
-    click.option("--baseline", type=click.Choice(("dense", "flash")), help="Show the ratio to this one only.  [both]"),
-)
+    click.option(
+        "--method", callback=_parsed(parse_names), metavar="NAMES", help="See 'effref list methods'.  [dense,flash,reuse]"
+    ),
+    set_option,
+    click.option("--baseline", type=click.Choice(("dense", "flash")), help="Show ratios to this one only.  [both]"),
+)  # fmt: skip
 
 engine_options = _group(
     click.option("--device", type=click.Choice(("cpu", "gpu")), help="[cpu]"),
     click.option("--engine", metavar="NAME", help="numpy, numba or cupy.  [numba on the CPU, cupy on the GPU]"),
-    click.option("--threads", type=click.IntRange(1), help="CPU threads.  [all cores]"),
+    click.option("--threads", type=POSITIVE, metavar="N", help="CPU threads.  [all cores]"),
 )
 
-hardware_option = click.option("--hardware", metavar="NAME|FILE|local", help="See 'effref list hardware'.  [local if calibrated]")
+hardware_option = click.option(
+    "--hardware", metavar="NAME|FILE|local", help="See 'effref list hardware'.  [local where calibrated]"
+)
+
+timing_options = _group(
+    click.option("--repeats", type=POSITIVE, metavar="N", default=5, show_default=True, help="Passes of each kind, at most."),
+    click.option("--warmup", type=click.IntRange(0), metavar="N", default=1, show_default=True, help="Passes before them."),
+    click.option(
+        "--max-seconds", type=click.FloatRange(0, min_open=True), metavar="S", default=40.0, show_default=True,
+        help="For all passes together; compilation and calibration come on top.",
+    ),
+    click.option("--seed", type=click.IntRange(0), metavar="N", default=0, show_default=True, help="Of weights and inputs."),
+)  # fmt: skip
 
 quiet_option = click.option("--quiet", is_flag=True, help="Nothing on stderr but errors.")
 
 
-output_options = _group(
-    click.option("--format", "form", type=click.Choice(FORMATS), help="[table, or what the suffix of --output says]"),
-    click.option("--output", "path", type=click.Path(path_type=Path), metavar="FILE", help="Write there, whole or not at all."),
-    quiet_option,
-)
+def output_options(*formats: str) -> Callable[[F], F]:
+    """--format, --output and --quiet."""
+    return _group(
+        click.option("--format", "form", type=click.Choice(formats), help="[table, or what the suffix of --output says]"),
+        click.option("--output", "path", type=OUTPUT, metavar="FILE", help="Write there, whole or not at all."),
+        quiet_option,
+    )
 
-plot_option = click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Also draw FILE.svg or FILE.png.")
+
+plot_option = click.option("--plot", type=OUTPUT, metavar="FILE", help="Also draw FILE.svg or FILE.png.")
 
 
 def request_options(given: dict[str, Any]) -> dict[str, Any]:

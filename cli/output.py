@@ -55,21 +55,26 @@ class Target:
     def write(
         self, document: Mapping[str, Any], blocks: Callable[[], Sequence[render.Block]], progress: Progress
     ) -> None:
-        """Write the document: raw for machines, `blocks` for people."""
-        progress.done()
-        text = {
-            "json": lambda: render.as_json(document),
-            "csv": lambda: render.as_csv(document),
-            "md": lambda: render.as_markdown(blocks()),
-            "table": lambda: render.as_text(blocks()),
-        }[self.form]()
-        if self.path:
-            files.write_text(self.path, text)
-            progress.line(f"wrote {self.path}")
-        else:
-            click.echo(text, nl=False)
+        """Write a result: raw for machines, as `blocks` for people, and as a plot where one is asked for."""
+        forms = {"json": lambda: render.as_json(document), "csv": lambda: render.as_csv(document)}
+        self.write_blocks(blocks, progress, **forms)
         if self.plot:
             from .plot import draw
 
             draw(document, self.plot)
             progress.line(f"wrote {self.plot}")
+
+    def write_blocks(
+        self, blocks: Callable[[], Sequence[render.Block]], progress: Progress, **raw: Callable[[], str]
+    ) -> None:
+        """Write `blocks` as table or Markdown, or the text that a raw form makes."""
+        progress.done()
+        if self.form in raw:
+            text = raw[self.form]()
+        else:
+            text = (render.as_markdown if self.form == "md" else render.as_text)(blocks())
+        if self.path:
+            files.write_text(self.path, text)
+            progress.line(f"wrote {self.path}")
+        else:
+            click.echo(text, nl=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from costmodel.hardware import Hardware
@@ -50,3 +52,12 @@ def save(hardware: Hardware, engine: str, threads: int, dtype: str) -> Path:
         raise OutputError(f"cannot make the folder {place.parent} ({error.strerror}): set EFFREF_CACHE") from error
     write_text(place, hardware.to_json())
     return place
+
+
+def kept() -> list[Hardware]:
+    """All readable profiles on this machine."""
+    found = []
+    for place in sorted((cache_root() / "profiles").glob("*.json")):
+        with suppress(ConfigError, OSError, UnicodeDecodeError):
+            found.append(replace(Hardware.from_json(place.read_text("utf-8"), str(place)), name=place.stem))
+    return found

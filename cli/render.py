@@ -8,11 +8,16 @@ from __future__ import annotations
 import csv
 import io
 import json
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-FORMATS = ("table", "json", "csv", "md")
+if TYPE_CHECKING:
+    from costmodel.hardware import Hardware
+
+    from .explanation import Explanation, Layer
+
 SUFFIXES = {".json": "json", ".csv": "csv", ".md": "md"}  # of --output, where --format is not given
 
 Row = Sequence[str]
@@ -24,6 +29,7 @@ FLOP_RATES: tuple[Unit, ...] = (("TFLOP/s", 1e12), ("GFLOP/s", 1e9))
 BYTE_RATES: tuple[Unit, ...] = (("TB/s", 1e12), ("GB/s", 1e9))
 CAPACITIES: tuple[Unit, ...] = (("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10))
 NONE = "-"
+WIDTH = 118  # columns that a table of words may take
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,8 @@ def as_markdown(blocks: Iterable[Block]) -> str:
 
 
 def _text(table: Table) -> str:
-    body = [*table.rows, table.total] if table.total else table.rows
+    rows = _wrapped(table) if table.left == len(table.headers) and not table.total else table.rows
+    body = [*rows, table.total] if table.total else rows
     widths = [max(map(len, column)) for column in zip(table.headers, *body, strict=True)]
     first = 0
     for label, span in table.groups:  # a label wider than its columns widens the last of them
@@ -82,8 +89,18 @@ def _text(table: Table) -> str:
     lines = [table.title] if table.title else []
     if table.groups:
         lines.append(_group_line(table.groups, widths))
-    lines += [line(table.headers), rule, *map(line, table.rows)]
+    lines += [line(table.headers), rule, *map(line, rows)]
     return "\n".join([*lines, rule, line(table.total)] if table.total else lines)
+
+
+def _wrapped(table: Table) -> list[Row]:
+    """Rows of words whose last column is broken where the table would be too wide."""
+    before = sum(max(map(len, cells)) + 2 for cells in list(zip(table.headers, *table.rows, strict=True))[:-1])
+    rows: list[Row] = []
+    for *first, last in table.rows:
+        parts = textwrap.wrap(last, max(WIDTH - before, 24)) or [""]
+        rows += [[*first, parts[0]], *([*[""] * len(first), part] for part in parts[1:])]
+    return rows
 
 
 def _group_line(groups: Sequence[tuple[str, int]], widths: Sequence[int]) -> str:
@@ -129,9 +146,19 @@ def percent(value: float | None, signed: bool = False) -> str:
     return f"{100 * value:{'+' if signed else ''}.{0 if abs(value) >= 0.0995 else 1}f}"
 
 
+def small(value: float | None) -> str:
+    """A number that may be tiny, as 1.2e-07."""
+    return NONE if value is None else "0" if value == 0 else f"{value:.1e}"
+
+
+def cosine(value: float | None) -> str:
+    """Six digits."""
+    return NONE if value is None else f"{value:.6f}"
+
+
 def times(value: float | None) -> str:
     """A speed-up."""
-    return NONE if value is None else f"{value:.2f}x"
+    return NONE if value is None else f"{value:.2f}"
 
 
 def unit_for(units: Sequence[Unit], value: float) -> Unit:
@@ -276,7 +303,7 @@ def _band(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
 
 
 def _estimate_line(result: Mapping[str, Any], baselines: Sequence[str]) -> str:
-    ratios = [f"{times(result['speedup'][name]['predicted'])} the speed of {name}" for name in baselines]
+    ratios = [f"{times(result['speedup'][name]['predicted'])} x the speed of {name}" for name in baselines]
     return (
         f"{result['method']} at T={result['seq']}: {', '.join(ratios)}; weights "
         f"{quantity(result['params_bytes'], CAPACITIES)}, peak memory {quantity(result['peak_bytes'], CAPACITIES)}"
@@ -302,11 +329,275 @@ def _estimate_summary(results: Sequence[Mapping[str, Any]], baselines: Sequence[
         column("moved", BYTES, [total["bytes_read"] + total["bytes_written"] for total in totals]),
         column("predicted", SECONDS, [total["predicted_s"] for total in totals], min(t["predicted_s"] for t in totals)),
         *_band(totals),
-        *((f"vs {name}", [times(result["speedup"][name]["predicted"]) for result in results]) for name in baselines),
+        *((f"x {name}", [times(result["speedup"][name]["predicted"]) for result in results]) for name in baselines),
         column("peak", CAPACITIES, [result["peak_bytes"] for result in results]),
     ]
     headers, rows = columns_to_rows(columns)
     return Table("summary, predicted", headers, rows, left=2)
+
+
+# --- measure --------------------------------------------------------------------------------------------------------
+
+ACROSS = 4  # lengths side by side
+
+
+def measure_blocks(document: Mapping[str, Any], baselines: Sequence[str]) -> list[Block]:
+    """One grid per method, a summary, and how good the predictions were."""
+    results = document["results"]
+    blocks: list[Block] = [heading(document)]
+    for of_method in by_method(results).values():
+        chunks = [of_method[start : start + ACROSS] for start in range(0, len(of_method), ACROSS)]
+        blocks += [_measure_grid(chunk) for chunk in chunks]
+    blocks += [_measure_summary(results, baselines), accuracy_table(document["accuracy"])]
+    flags = [f"{result['method']} at T={result['seq']}, {flag}" for result in results for flag in result["flags"]]
+    return [*blocks, *(["Above the roof:\n" + "\n".join(flags)] if flags else [])]
+
+
+def _measure_grid(results: Sequence[Mapping[str, Any]]) -> Table:
+    def columns(row: Mapping[str, Any], result: Mapping[str, Any], unit: Unit) -> Row:
+        median = row["measured_s"]["median"]
+        return [
+            number(None if median is None else median / unit[1]),
+            number(row["predicted_s"] / unit[1]),
+            percent(row["rel_error"], signed=True),
+        ]
+
+    return component_grid(
+        results, columns, lambda unit: [f"meas. {unit}", "pred.", "err %"], lambda total: total["measured_s"]["median"]
+    )
+
+
+def _measure_summary(results: Sequence[Mapping[str, Any]], baselines: Sequence[str]) -> Table:
+    totals = [result["total"] for result in results]
+    medians = [total["measured_s"]["median"] for total in totals]
+    shortest = min(medians)
+    columns = [
+        ("method", [result["method"] for result in results]),
+        ("T", [str(result["seq"]) for result in results]),
+        ("runs", [str(total["measured_s"]["n"]) for total in totals]),
+        column("measured", SECONDS, medians, shortest),
+        ("± %", [percent(_spread(total["measured_s"])) for total in totals]),
+        column("predicted", SECONDS, [total["predicted_s"] for total in totals], shortest),
+        ("err %", [percent(total["rel_error"], signed=True) for total in totals]),
+        *((name, [times(result["speedup"][name]["measured"]) for result in results]) for name in baselines),
+        *((name, [times(result["speedup"][name]["predicted"]) for result in results]) for name in baselines),
+        ("rel. L2", [small((result["fidelity"] or {}).get("rel_l2")) for result in results]),
+        ("cosine", [cosine((result["fidelity"] or {}).get("cosine")) for result in results]),
+    ]
+    headers, rows = columns_to_rows(columns)
+    n = len(baselines)
+    ratios = [("x faster than", n), ("predicted", n)] if n else []
+    return Table(
+        "totals of passes without instruments, and fidelity against exact attention",
+        headers,
+        rows,
+        groups=[("", 7), *ratios, ("fidelity", 2)],
+    )
+
+
+def _spread(measured: Mapping[str, Any]) -> float | None:
+    """Half the distance from the 10th to the 90th percentile, beside the median."""
+    if measured["p10"] is None:
+        return None
+    return float((measured["p90"] - measured["p10"]) / 2 / measured["median"])
+
+
+def accuracy_table(accuracy: Mapping[str, Any]) -> Table:
+    """The errors of the cost model, beside those of simpler ones."""
+    names = {"": "this cost model", "bare_roofline": "bare roofline", "global_efficiency": "roofline x one factor"}
+    rows = []
+    for key, name in names.items():
+        errors = accuracy if not key else accuracy.get(key)
+        if errors:
+            rows.append([name, *(cell for part in ("components", "totals") for cell in _errors(errors[part]))])
+    return Table(
+        "error of predictions, (predicted - measured) / measured, in %; components of at least 2 % of a pass",
+        ["", *(["median", "p90", "bias", "n"] * 2)],
+        rows,
+        groups=[("", 1), ("components", 4), ("totals", 4)],
+    )
+
+
+def _errors(errors: Mapping[str, Any]) -> list[str]:
+    return [
+        percent(errors["median_abs"]), percent(errors["p90_abs"]), percent(errors["bias"], signed=True), str(errors["n"]),
+    ]  # fmt: skip
+
+
+# --- calibrate ------------------------------------------------------------------------------------------------------
+
+UNUSED_RATE = 1e29  # a profile's rate of FLOPs that an op does not have
+
+
+def profile_blocks(hardware: Hardware) -> list[Block]:
+    """The machine's figures, and per op its constants and held-out errors."""
+    about = hardware.about
+    peaks = [
+        f"{what} {quantity(rate, FLOP_RATES)}"
+        for what, rates in (("matrix", hardware.matmul_flops_per_s), ("vector", hardware.vector_flops_per_s))
+        for rate in rates.values()
+    ]
+    levels = [f"{level.level} {quantity(level.bandwidth_bytes_per_s, BYTE_RATES)}" for level in hardware.memory]
+    head = (
+        f"{about.get('engine')}, {about.get('threads')} threads, {about.get('dtype')}: {about.get('passes', 0)} passes, "
+        f"{about.get('samples', 0)} samples\nsustained: {', '.join([*peaks, *levels])}"
+    )
+    residuals: Mapping[str, Mapping[str, Any]] = about.get("residuals", {})
+    errors = [residuals.get(name, {}) for name in (*hardware.ops, "total")]
+    models = list(hardware.ops.values())
+    columns = [
+        ("op", list(hardware.ops)),
+        column("overhead", [("µs", 1e-6)], [model.overhead_s for model in models]),
+        column("matrix", [("GFLOP/s", 1e9)], [_rate(model.matmul_flops_per_s) for model in models]),
+        column("vector", [("GFLOP/s", 1e9)], [_rate(model.vector_flops_per_s) for model in models]),
+        column("near", [("GB/s", 1e9)], [model.near_bytes_per_s for model in models]),
+        column("far", [("GB/s", 1e9)], [model.far_bytes_per_s for model in models]),
+        column("cache", [("MiB", 2.0**20)], [model.cache_bytes for model in models]),
+    ]
+    headers, rows = columns_to_rows(columns)
+    cells = [
+        [percent(one.get("median_abs")), percent(one.get("p90_abs")), str(one.get("n", NONE))] for one in errors
+    ]
+    rows = [[*row, *cell] for row, cell in zip(rows, cells, strict=False)]
+    return [
+        head,
+        Table(
+            "fitted constants, and errors on shapes that were left out of the fit",
+            [*headers, "median %", "p90 %", "n"],
+            rows,
+            ["whole passes", *[""] * 6, *cells[-1]],
+            groups=[("", 1), ("constants", 6), ("held-out error", 3)],
+        ),
+    ]
+
+
+def _rate(value: float) -> float | None:
+    return None if value > UNUSED_RATE else value
+
+
+# --- list and explain -----------------------------------------------------------------------------------------------
+
+
+def list_table(kind: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One line each."""
+    return LISTS[kind](rows)
+
+
+def _methods_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    cells = [
+        [
+            row["method"],
+            "exact" if row["exact"] else "approximate",
+            row["title"],
+            row["paper"],
+            parameters_text(row["parameters"]) or NONE,
+        ]
+        for row in rows
+    ]
+    engines = ", ".join(rows[0]["engines"])
+    return Table(f"methods (engines: {engines})", ["method", "", "what", "paper", "parameters"], cells, left=5)
+
+
+def _models_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    cells = [
+        [
+            row["model"],
+            row["reads"],
+            row["positions"],
+            "causal" if row["causal"] else "full",
+            str(row["layers"]),
+            str(row["d_model"]),
+            str(row["heads"]) + (f"/{row['kv_heads']}" if row["kv_heads"] != row["heads"] else ""),
+            str(row["d_ff"]),
+            str(row["max_positions"] or "any"),
+        ]
+        for row in rows
+    ]
+    headers = ["model", "reads", "positions", "mask", "layers", "d", "heads", "d_ff", "max T"]
+    return Table("models (seeded random weights unless fetched: effref models)", headers, cells, left=4)
+
+
+def _hardware_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    columns = [
+        ("hardware", [row["hardware"] for row in rows]),
+        ("kind", [row["kind"] for row in rows]),
+        ("level", [row["level"] for row in rows]),
+        ("what", [row["title"] for row in rows]),
+        ("cores", [str(row["cores"] or NONE) for row in rows]),
+        column("float32", [("TFLOP/s", 1e12)], [row["matmul_flops_per_s"] for row in rows]),
+        column("memory", [("GB/s", 1e9)], [row["bandwidth_bytes_per_s"] for row in rows]),
+        column("holds", [("GiB", 2.0**30)], [row["capacity_bytes"] for row in rows]),
+    ]
+    headers, cells = columns_to_rows(columns)
+    return Table("hardware", headers, cells, left=4)
+
+
+def _components_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    return Table("components", ["component", "what"], [[row["component"], row["about"]] for row in rows], left=2)
+
+
+def _pretrained_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    columns = [
+        ("model", [row["model"] for row in rows]),
+        ("alias", [row["alias"] for row in rows]),
+        ("here", ["yes" if row["cached"] else "no" for row in rows]),
+        ("licence", [row["licence"] for row in rows]),
+        ("from", [row["upstream"] for row in rows]),
+        column("download", BYTES, [row["download_bytes"] for row in rows]),
+    ]
+    headers, cells = columns_to_rows(columns)
+    return Table("", headers, cells, left=5)
+
+
+LISTS: dict[str, Callable[[Sequence[Mapping[str, Any]]], Table]] = {
+    "methods": _methods_table,
+    "models": _models_table,
+    "hardware": _hardware_table,
+    "components": _components_table,
+    "pretrained": _pretrained_table,
+}
+
+
+def explain_blocks(found: Explanation) -> list[Block]:
+    """A method in words, its parameters, and the formulas of each kind of layer."""
+    row = found.row
+    blocks: list[Block] = [
+        f"{found.name}: {row.title} ({'exact' if row.exact else 'approximate'})",
+        f"equation   {row.equation}\nsource     {row.paper}\nour part   {row.reading}",
+    ]
+    if found.parameters:
+        cells = [[name, _plain(default), about] for name, default, about in found.parameters]
+        blocks.append(Table("parameters", ["--set " + found.name + ".", "default", "meaning"], cells, left=3))
+    mask = ", causal" if found.causal else ""
+    chosen = f"; {parameters_text(found.chosen)}" if found.chosen else ""
+    letters = ", ".join(f"{letter} {meaning}" for letter, meaning in found.symbols.items())
+    blocks.append(
+        f"Cost of the attention sublayer of one layer ({found.config.name}: {found.config.position} positions{mask}{chosen}).\n"
+        f"{letters}. A multiply-add is 2 FLOPs; bytes are compulsory traffic."
+    )
+    for layer in found.layers:
+        total = layer.total(layer.per_element())
+        sums = [f"{head:17} {formula(total[name])}" for name, head in FIGURES.items()]
+        blocks += [_layer_table(layer, found.config.layers), "together\n" + "\n".join(sums)]
+    return blocks
+
+
+FIGURES = {
+    "matmul_flops": "matmul FLOPs",
+    "vector_flops": "vector FLOPs",
+    "bytes_read": "bytes read / b",
+    "bytes_written": "bytes written / b",
+}
+
+
+def _layer_table(layer: Layer, layers: int) -> Table:
+    rows = [[component, *(formula(row[name]) for name in FIGURES)] for component, row in layer.per_element().items()]
+    return Table(f"{layer.kind} ({layer.count} of {layers})", ["component", *FIGURES.values()], rows, left=5)
+
+
+def formula(expression: Any) -> str:
+    """``2*B*T**2*d`` as 2 B T² d."""
+    return str(expression).replace("**2", "²").replace("**3", "³").replace("*", " ")
 
 
 # --- machine-readable -----------------------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ def resolve(
     methods = _methods(method)
     config = resolve_config(_default_model(methods) if model is None else model)
     changed = override(config, **dict(overrides or {}))
-    device, engine = _device_and_engine(device, engine)
+    device, engine = device_and_engine(device, engine)
     if threads is not None and threads < 1:
         raise ConfigError(f"threads is {threads}; it must be at least 1")
     request = Request(
@@ -115,7 +115,7 @@ def resolve(
         config=changed,
         lengths=_lengths(seq),
         methods=methods,
-        params=_params(params or {}, methods),
+        params=check_params(params or {}, methods),
         batch=batch,
         dtype=dtype,
         phase=phase,
@@ -151,16 +151,18 @@ def _lengths(given: int | Sequence[int]) -> tuple[int, ...]:
     return lengths
 
 
-def _params(given: Mapping[str, Mapping[str, Any]], methods: tuple[str, ...]) -> Mapping[str, Mapping[str, Any]]:
+def check_params(given: Mapping[str, Mapping[str, Any]], methods: tuple[str, ...]) -> Mapping[str, Mapping[str, Any]]:
+    """Raise ConfigError for parameters of a method that is not asked for."""
     for name in given:
         if name not in CATALOG:
             raise unknown("method", name, CATALOG)
-        if name not in (*methods, *BASELINES):
+        if name not in methods:
             raise ConfigError(f"parameters are given for '{name}', which is not among the methods: {', '.join(methods)}")
     return given
 
 
-def _device_and_engine(device: str | None, engine: str | None) -> tuple[str, str]:
+def device_and_engine(device: str | None, engine: str | None) -> tuple[str, str]:
+    """Both, where one decides the other; raises ConfigError where they disagree."""
     if engine is not None and engine not in ENGINES:
         raise unknown("engine", engine, ENGINES)
     if device is not None and device not in DEFAULT_ENGINE:

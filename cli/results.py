@@ -102,8 +102,7 @@ def add_measured(result: dict[str, Any], samples: Samples) -> None:
 
 def _add_measured(row: dict[str, Any], seconds: list[float]) -> None:
     row["measured_s"] = statistics(seconds)
-    median = row["measured_s"]["median"]
-    row["rel_error"] = (row["predicted_s"] - median) / median if median else None
+    row["rel_error"] = relative_error(row["predicted_s"], row["measured_s"]["median"])
 
 
 def statistics(seconds: Sequence[float]) -> dict[str, Any]:
@@ -124,6 +123,34 @@ def speedups(predicted: Mapping[str, float], measured: Mapping[str, float | None
 def _ratio(seconds: Mapping[str, float | None], baseline: str, method: str) -> float | None:
     slow, fast = seconds.get(baseline), seconds.get(method)
     return slow / fast if slow and fast else None
+
+
+def predicted_again(result: Mapping[str, Any], prediction: Prediction) -> dict[str, Any]:
+    """A measured result beside another prediction."""
+    times = prediction.by_component()
+    return {
+        **result,
+        "components": [_expected(row, float(times[row["component"]].seconds)) for row in result["components"]],
+        "total": _expected(result["total"], float(prediction.total.seconds)),
+    }
+
+
+def slower(result: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    """A measured result whose predictions are multiplied by `factor`."""
+    return {
+        **result,
+        "components": [_expected(row, factor * row["predicted_s"]) for row in result["components"]],
+        "total": _expected(result["total"], factor * result["total"]["predicted_s"]),
+    }
+
+
+def _expected(row: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    return {**row, "predicted_s": seconds, "rel_error": relative_error(seconds, row["measured_s"]["median"])}
+
+
+def relative_error(predicted: float, measured: float | None) -> float | None:
+    """(predicted - measured) / measured."""
+    return (predicted - measured) / measured if measured else None
 
 
 # --- accuracy -------------------------------------------------------------------------------------------------------

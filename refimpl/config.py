@@ -96,7 +96,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.kv_heads == 0:
             object.__setattr__(self, "kv_heads", self.heads)
-        if isinstance(self.d_model, int):  # SymPy symbols are not checked
+        if not hasattr(self.d_model, "free_symbols"):  # SymPy symbols are not checked
             _check_config(self)
         if self.head_dim == 0:
             object.__setattr__(self, "head_dim", self.d_model // self.heads)
@@ -122,10 +122,10 @@ class ModelConfig:
 
 
 def _check_config(config: ModelConfig) -> None:
-    for name in ("layers", "d_model", "heads", "d_ff", "kv_heads"):
-        value = getattr(config, name)
-        if value < 1:
-            raise ConfigError(f"{name} is {value}; it must be at least 1")
+    for name in ("layers", "d_model", "heads", "d_ff", "kv_heads", *_needed_sizes(config)):
+        _check_size(name, getattr(config, name), least=1)
+    for name in ("head_dim", "vocab", "features", "conv_kernel", "max_positions", "token_types"):
+        _check_size(name, getattr(config, name), least=0)
     if not config.head_dim and config.d_model % config.heads:
         raise ConfigError(
             f"heads={config.heads} does not divide d_model={config.d_model}: choose a divisor or give head_dim"
@@ -137,8 +137,21 @@ def _check_config(config: ModelConfig) -> None:
     head_dim = config.head_dim or config.d_model // config.heads
     if config.position == "rotary" and head_dim % 2:
         raise ConfigError(f"rotary positions need an even head width; it is {head_dim}")
-    if config.stem == "tokens" and config.vocab < 1:
-        raise ConfigError(f"vocab is {config.vocab}; a model that reads tokens needs at least 1")
+
+
+def _needed_sizes(config: ModelConfig) -> list[str]:
+    """The optional sizes that this kind of model cannot do without."""
+    needed = ["vocab" if config.stem == "tokens" else "features"]
+    if config.recipe == "conformer":
+        needed.append("conv_kernel")
+    if config.position in ("learned", "sinusoidal"):
+        needed.append("max_positions")
+    return needed
+
+
+def _check_size(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {least}")
 
 
 @dataclass(frozen=True)
@@ -206,8 +219,8 @@ def config_from_huggingface(path: Path) -> ModelConfig:
         family = given["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: not a model config.json with a model_type ({error})") from error
-    if family not in _FAMILIES:
-        raise unknown(f"model_type in {path}", family, _FAMILIES)
+    if not isinstance(family, str) or family not in _FAMILIES:
+        raise unknown(f"model_type in {path}", str(family), _FAMILIES)
     try:
         return _FAMILIES[family](path.parent.name or "custom", given)
     except KeyError as error:
@@ -289,6 +302,15 @@ def _gpt2(name: str, given: dict[str, Any]) -> ModelConfig:
     )
 
 
+def _rope_base(given: dict[str, Any]) -> float:
+    """The base of the angles, from either place where configurations keep it; scaled angles are refused."""
+    rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ConfigError(f"rotary positions of type '{kind}' are not supported; only 'default' is")
+    return float(rope.get("rope_theta", given.get("rope_theta", 10_000.0)))
+
+
 def _llama(name: str, given: dict[str, Any]) -> ModelConfig:
     return ModelConfig(
         name=name,
@@ -308,7 +330,7 @@ def _llama(name: str, given: dict[str, Any]) -> ModelConfig:
         vocab=given["vocab_size"],
         position="rotary",
         max_positions=given["max_position_embeddings"],
-        rope_base=given.get("rope_theta", 10_000.0),
+        rope_base=_rope_base(given),
         head=True,
         source="config.json",
     )

@@ -270,7 +270,8 @@ def log_mel(samples: np.ndarray, frames: int = 3000) -> np.ndarray:
     power = np.abs(np.fft.rfft(windows * hann)) ** 2  # (T_in, 201)
     levels = np.log10(np.maximum(power @ mel_filters().T, 1e-10))  # (T_in, 80)
     levels = np.maximum(levels, levels.max() - 8)
-    return ((levels + 4) / 4).astype(np.float32)[None]  # (1, T_in, 80)
+    features: np.ndarray = ((levels + 4) / 4).astype(np.float32)
+    return features[None]  # (1, T_in, 80)
 
 
 @cache

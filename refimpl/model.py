@@ -22,7 +22,8 @@ from refimpl.config import ModelConfig
 from refimpl.engines import engine as get_engine
 from refimpl.engines.protocol import Array, Engine
 from refimpl.errors import InputError, ShapeError
-from refimpl.methods import Dense, program
+from refimpl.methods import program
+from refimpl.methods.dense import Dense
 from refimpl.methods.steps import Layer
 from refimpl.recorder import At, Call, Recorder, breakdown
 from refimpl.weights import Model

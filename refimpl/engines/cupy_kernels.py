@@ -185,7 +185,7 @@ __global__ void kernel_windows(
 
 ROTARY = r"""
 // Rotate pairs of channels: (2i, 2i + 1) when interleaved, else (i, i + half).
-// x (B, heads, length, 2 half) by strides, cosine and sine (length, half) -> out (B, heads, length, 2 half), contiguous.
+// x (B, heads, length, 2 half) by strides, cosine and sine (length, half) -> out like x, contiguous.
 // Op rotary of the reference.
 template <typename T>
 __global__ void kernel_rotary(
@@ -333,15 +333,17 @@ C_TYPES = {"float16": "__half", "float32": "float", "float64": "double"}
 WIDE = {"float16": "float32", "float32": "float32", "float64": "float64"}  # dtype -> Wide<dtype>
 
 
+STEPS = (
+    "gate", "add", "batch_norm", "depthwise", "windows", "rotary", "relative", "hide", "layer_norm", "rms_norm",
+)  # fmt: skip
+
+
 def instances(dtype: str) -> tuple[str, ...]:
     """The kernels that arrays of `dtype` need, as C++ names."""
     t, wide = C_TYPES[dtype], C_TYPES[WIDE[dtype]]
-    over_t = ("gate", "add", "batch_norm", "depthwise", "windows", "rotary", "relative", "hide", "layer_norm", "rms_norm")
-    names = [f"kernel_{step}<{t}>" for step in over_t]
+    names = [f"kernel_{step}<{t}>" for step in STEPS]
     names += [f"kernel_activation<{t}, {f}>" for f in ("Gelu", "GeluTanh", "Silu", "Relu")]
-    names.append(f"kernel_softmax<{t}, {t}>")
-    if wide != t:  # scores of the fused op stay wide
-        names += [f"kernel_relative<{wide}>", f"kernel_softmax<{wide}, {t}>"]
+    names += [f"kernel_softmax<{s}, {t}>" for s in dict.fromkeys((t, wide))]  # scores of the fused op stay wide
     return tuple(names)
 
 

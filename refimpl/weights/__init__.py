@@ -117,7 +117,7 @@ def load_model(
     if weights == "auto" and found.preset:
         return _random(found, seed, dtype, positions, f"; the pretrained ones have {limit} positions")
     raise WeightsError(
-        f"{found.config.name} has {limit} positions, {positions} are needed: take a shorter sequence or weights='random'"
+        f"{found.config.name} has {limit} positions, {positions} are needed: shorten the input or take weights='random'"
     )
 
 

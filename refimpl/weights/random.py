@@ -39,12 +39,10 @@ def random_weights(config: ModelConfig, seed: int = 0, positions: int = 0) -> di
     Raises
     ------
     ConfigError
-        If `seed` is negative, or the model has a position table and neither it nor the caller says how long.
+        If `seed` is negative.
     """
     if seed < 0:
         raise ConfigError(f"seed is {seed}; it must be 0 or more")
-    if config.position in ("learned", "sinusoidal") and not (positions or config.max_positions):
-        raise ConfigError(f"{config.name} has a {config.position} position table: give the number of positions")
     return {name: _weight(config, name, shape, seed) for name, shape in shapes(config, positions).items()}
 
 
@@ -73,7 +71,8 @@ def _weight(config: ModelConfig, name: str, shape: Shape, seed: int) -> np.ndarr
     rng = np.random.default_rng((seed, zlib.crc32(name.encode())))
     *_, part, leaf = name.split(".")
     if leaf == "variance":
-        return np.exp(_normal(rng, shape, SMALL), dtype=np.float32)
+        variance: np.ndarray = np.exp(_normal(rng, shape, SMALL))
+        return variance
     if leaf == "weight" and part.endswith("norm"):
         return _normal(rng, shape, SMALL, mean=1)
     if leaf in ("bias", "mean"):

@@ -228,7 +228,7 @@ def read_checkpoint(folder: Path, config: ModelConfig) -> Checkpoint:
         return Checkpoint(_canonical(WHISPER_CTRANSLATE2, config, file))
     given = _config_json(folder)
     family = FAMILIES[given["model_type"]]
-    _refuse_other_fields(folder, family, given, config)
+    _refuse_other_fields(folder, family, given)
     store = SafetensorsFiles(folder)
     tensors = _canonical(family, config, store)
     if config.head and _has_own_head(store, tensors["stem.embedding"]):
@@ -325,15 +325,11 @@ def _config_json(folder: Path) -> dict[str, Any]:
     return given
 
 
-def _refuse_other_fields(folder: Path, family: Family, given: Mapping[str, Any], config: ModelConfig) -> None:
+def _refuse_other_fields(folder: Path, family: Family, given: Mapping[str, Any]) -> None:
     """Refuse what would load and then be computed wrongly."""
     for name, only in family.fields.items():
         if given.get(name, only) != only:
             raise WeightsError(f"{folder}/config.json: {name} is {given[name]!r}; effref implements {only!r} only")
-    rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
-    kind, base = rope.get("rope_type", rope.get("type", "default")), rope.get("rope_theta", config.rope_base)
-    if kind != "default" or base != config.rope_base:
-        raise WeightsError(f"{folder}/config.json: rotary positions {rope!r} are not implemented; plain ones are")
 
 
 # --- safetensors ----------------------------------------------------------------------------------------------------

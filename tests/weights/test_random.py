@@ -77,11 +77,6 @@ def test_random_weights_refuse_a_negative_seed() -> None:
         random_weights(SMALL, -1)
 
 
-def test_random_weights_need_a_length_for_a_position_table() -> None:
-    with pytest.raises(ConfigError, match="give the number of positions"):
-        random_weights(replace(SMALL, position="learned", max_positions=0))
-
-
 def test_random_weights_of_conformer_m_are_quick() -> None:
     start = time.perf_counter()
     weights = random_weights(preset("conformer-m"))

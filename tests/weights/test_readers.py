@@ -25,14 +25,17 @@ Tensors = dict[str, np.ndarray]
 D, F = 8, 16  # d, f of all models here; 2 heads, 2 layers
 
 
+RNG = np.random.default_rng(0)
+
+
 def values(*shape: int) -> np.ndarray:
-    """Numbers that differ between calls of different shapes, and within."""
-    return np.random.default_rng(shape).standard_normal(shape).astype(np.float32)
+    """Numbers that differ from call to call, so that no two tensors can be taken for each other."""
+    return RNG.standard_normal(shape).astype(np.float32)
 
 
 def linear(name: str, d_out: int, d_in: int, bias: bool = True) -> Tensors:
-    made = {f"{name}.weight": values(d_out, d_in) + len(name)}
-    return {**made, f"{name}.bias": values(d_out) + len(name)} if bias else made
+    made = {f"{name}.weight": values(d_out, d_in)}
+    return {**made, f"{name}.bias": values(d_out)} if bias else made
 
 
 def norm(name: str) -> Tensors:
@@ -140,14 +143,60 @@ def test_read_checkpoint_gives_every_weight(family: str, checkpoint: Callable[..
     assert all(tensor.dtype == np.float32 and tensor.flags.c_contiguous for tensor in found.values())
 
 
+# family: canonical name -> stored name, of what is taken as it is
+UNCHANGED = {
+    "bert": {
+        "stem.token_types": "embeddings.token_type_embeddings.weight",
+        "stem.norm.bias": "embeddings.LayerNorm.bias",
+        "layers.1.attention.output.weight": "encoder.layer.1.attention.output.dense.weight",
+        "layers.1.attention_norm.weight": "encoder.layer.1.attention.output.LayerNorm.weight",
+        "layers.1.feed_forward.up.bias": "encoder.layer.1.intermediate.dense.bias",
+        "layers.1.feed_forward.down.weight": "encoder.layer.1.output.dense.weight",
+        "layers.1.feed_forward_norm.weight": "encoder.layer.1.output.LayerNorm.weight",
+    },
+    "llama": {
+        "stem.embedding": "model.embed_tokens.weight",
+        "layers.0.attention_norm.weight": "model.layers.0.input_layernorm.weight",
+        "layers.0.feed_forward_norm.weight": "model.layers.0.post_attention_layernorm.weight",
+        "layers.0.attention.output.weight": "model.layers.0.self_attn.o_proj.weight",
+        "layers.0.feed_forward.down.weight": "model.layers.0.mlp.down_proj.weight",
+        "final_norm.weight": "model.norm.weight",
+    },
+    "gpt2": {
+        "stem.positions": "wpe.weight",
+        "layers.1.attention_norm.weight": "h.1.ln_1.weight",
+        "layers.1.feed_forward_norm.bias": "h.1.ln_2.bias",
+        "layers.1.attention.output.bias": "h.1.attn.c_proj.bias",
+        "layers.1.feed_forward.up.bias": "h.1.mlp.c_fc.bias",
+        "final_norm.bias": "ln_f.bias",
+    },
+    "whisper": {
+        "stem.positions": "model.encoder.embed_positions.weight",
+        "stem.convolutions.0.bias": "model.encoder.conv1.bias",
+        "layers.1.attention_norm.weight": "model.encoder.layers.1.self_attn_layer_norm.weight",
+        "layers.1.feed_forward_norm.weight": "model.encoder.layers.1.final_layer_norm.weight",
+        "layers.1.attention.output.weight": "model.encoder.layers.1.self_attn.out_proj.weight",
+        "layers.1.feed_forward.up.weight": "model.encoder.layers.1.fc1.weight",
+        "layers.1.feed_forward.down.bias": "model.encoder.layers.1.fc2.bias",
+        "final_norm.bias": "model.encoder.layer_norm.bias",
+    },
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_read_checkpoint_takes_each_weight_from_its_place(family: str, checkpoint: Callable[..., Made]) -> None:
+    folder, stored = checkpoint(family)
+    found = readers.read_checkpoint(folder, resolve_config(folder)).tensors
+    wrong = [name for name, source in UNCHANGED[family].items() if not np.array_equal(found[name], stored[source])]
+    assert wrong == []
+
+
 def test_bert_joins_queries_keys_and_values(checkpoint: Callable[..., Made]) -> None:
     folder, stored = checkpoint("bert")
     layer = load_model(folder).weights.layers[1]
     for leaf in ("weight", "bias"):
         parts = [stored[f"encoder.layer.1.attention.self.{part}.{leaf}"] for part in ("query", "key", "value")]
         assert np.array_equal(getattr(layer.attention.qkv, leaf), np.concatenate(parts))
-    assert np.array_equal(layer.attention_norm.bias, stored["encoder.layer.1.attention.output.LayerNorm.bias"])
-    assert np.array_equal(layer.feed_forward_norm.weight, stored["encoder.layer.1.output.LayerNorm.weight"])
 
 
 def test_bert_reads_prefixed_and_old_names(checkpoint: Callable[..., Made]) -> None:
@@ -406,8 +455,16 @@ def test_ctranslate2_whisper_is_read(dtype: Any, tmp_path: Path) -> None:
     assert (config.features, config.max_positions, config.stem, config.strides) == (5, 6, "frames", (1, 2))
     turned = stored["encoder/conv1/weight"].astype(np.float32).transpose(0, 2, 1)
     assert np.array_equal(model.weights.stem.convolutions[0].weight, turned)
-    gamma = stored["encoder/layer_1/ffn/layer_norm/gamma"].astype(np.float32)
-    assert np.array_equal(model.weights.layers[1].feed_forward_norm.weight, gamma)
+    layer, at = model.weights.layers[1], "encoder/layer_1/"
+    for found, name in (
+        (layer.attention_norm.bias, f"{at}self_attention/layer_norm/beta"),
+        (layer.attention.qkv.weight, f"{at}self_attention/linear_0/weight"),
+        (layer.attention.output.weight, f"{at}self_attention/linear_1/weight"),
+        (layer.feed_forward_norm.weight, f"{at}ffn/layer_norm/gamma"),
+        (layer.feed_forward.down.weight, f"{at}ffn/linear_1/weight"),
+        (model.weights.final_norm.weight, "encoder/layer_norm/gamma"),
+    ):
+        assert np.array_equal(found, stored[name].astype(np.float32)), name
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

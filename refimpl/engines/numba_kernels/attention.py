@@ -31,6 +31,7 @@ from .vector import (
     TILE,
     dot_tile,
     fetch_add,
+    hide_square,
     offset,
     online_softmax,
     panel_lanes,
@@ -45,7 +46,7 @@ from .vector import (
 Array = npt.NDArray[Any]
 
 _KEY_BLOCK = 128  # keys per step: their weights for one panel of queries stay in the first-level cache
-_PANELS = 4  # panels of queries per work item: every copied block of keys and values is used that often
+_PANELS = 8  # panels of queries per work item: every copied block of keys and values is used that often
 _ITEMS_PER_THREAD = 4  # at least, where there are enough queries, so that threads finish together
 _CACHE_LINE = 64  # bytes
 
@@ -197,17 +198,23 @@ def _hide_future(scores, first_query, first_key, keys, sizes):
 @_part
 def _hide_masked(scores, mask, b, h, first_query, first_key, keys, sizes):
     """Hide the keys where the mask is False. A mask that is the same for all queries is read once per key."""
+    lanes, vector = sizes.lanes, sizes.vector
     seen = offset(_row(np.uint8(0), mask, b, h, first_query), first_key * mask.column)
-    queries = min(sizes.lanes, sizes.Tq - first_query)
-    for j in range(keys):
-        row = offset(scores, j * sizes.lanes)
-        if mask.row == 0:
+    queries = min(lanes, sizes.Tq - first_query)
+    if mask.row == 0:
+        for j in range(keys):
             if not seen[j * mask.column]:
-                _fill(row, queries, -np.inf)
-        else:
-            for i in range(queries):
+                _fill(offset(scores, j * lanes), queries, -np.inf)
+        return
+    squares = keys - keys % vector if mask.column == 1 else 0
+    for lane in range(0, queries, vector):
+        done = squares if lane + vector <= queries else 0
+        for j in range(0, done, vector):
+            hide_square(offset(scores, j * lanes + lane), offset(seen, lane * mask.row + j), mask.row)
+        for j in range(done, keys):
+            for i in range(lane, min(lane + vector, queries)):
                 if not seen[i * mask.row + j * mask.column]:
-                    row[i] = -np.inf
+                    scores[j * lanes + i] = -np.inf
 
 
 @_part
@@ -411,16 +418,14 @@ def _attend(
     scale: float,
     causal: bool,
     mask: Array | None,
-    out: Array | None,
+    out: Array,
     q_position: Array | None = None,
     p: Array | None = None,
-) -> Array:
+) -> None:
     """Describe the call to the kernel and run it; `q_position` and `p` are given together or not at all."""
     B, Hq, Tq, _ = q.shape
-    if out is None:
-        out = np.empty((B, Tq, Hq, v.shape[3]), q.dtype).transpose(0, 2, 1, 3)  # (B, Hq, Tq, Dv)
     if out.size == 0:
-        return out
+        return
     threads = numba.get_num_threads()
     sizes = _plan(q, k, v, threads, causal, mask is not None, p is not None)
     place = _layout(sizes)
@@ -441,7 +446,11 @@ def _attend(
     )
     record = np.array([call], _call_dtype(q.dtype))
     run_on_threads(threads, _compiled(q.dtype), record.ctypes.data)
-    return out
+
+
+def _new_output(q: Array, v: Array) -> Array:
+    B, Hq, Tq, _ = q.shape
+    return np.empty((B, Tq, Hq, v.shape[3]), q.dtype).transpose(0, 2, 1, 3)  # (B, Hq, Tq, Dv)
 
 
 def fused_attention(
@@ -453,8 +462,51 @@ def fused_attention(
     mask: Array | None = None,
     out: Array | None = None,
 ) -> Array:
-    """Attend exactly, ``softmax(scale * q k^T) v``, without ever holding the map."""
-    return _attend(q, k, v, scale, causal, mask, out)
+    """Attend exactly, ``softmax(scale * q k^T) v``, without ever holding the map.
+
+    Parameters
+    ----------
+    q : array, shape (B, Hq, Tq, D), float32 or float64
+        Queries. Like all inputs, any strides; copied only if the last axis is not contiguous. Never modified.
+    k : array, shape (B, Hkv, Tk, D), dtype of `q`
+        Keys. ``Hkv`` divides ``Hq``; query head h uses head ``h // (Hq // Hkv)``.
+    v : array, shape (B, Hkv, Tk, Dv), dtype of `q`
+        Values.
+    scale : float
+        Multiplies the scores.
+    causal : bool, default False
+        Query ``i`` sees keys ``j <= i + (Tk - Tq)``. Keys that no query of a block sees cost nothing.
+    mask : bool array, broadcastable to (B, Hq, Tq, Tk), optional
+        True where a query may attend to a key.
+    out : array, shape (B, Hq, Tq, Dv), dtype of `q`, optional
+        Where to write the result; its last axis is contiguous. By default a view of a new (B, Tq, Hq, Dv) array.
+
+    Returns
+    -------
+    out : array, shape (B, Hq, Tq, Dv), dtype of `q`
+        A row that sees no key is zero.
+
+    Notes
+    -----
+    Accumulates in the type of the inputs. Uses ``numba.get_num_threads()`` threads, each with scratch memory that does not
+    depend on the lengths. NaN reaches the rows that see it. The values of hidden keys are multiplied by zero: they must be finite.
+    Cost: ``2 * B * Hq * Tq * Tk * (D + Dv)`` matrix FLOPs, about half if causal.
+
+    Examples
+    --------
+    >>> x = np.ones((1, 2, 3, 4), np.float32)
+    >>> fused_attention(x, x, x, scale=0.5).shape
+    (1, 2, 3, 4)
+    """
+    out = _new_output(q, v) if out is None else out
+    result, (B, Hq, Tq, _), (_, Hkv, Tk, _) = out, q.shape, k.shape
+    if Tq == 1 and Hkv < Hq:  # decoding: let the heads that share keys be the queries of one head, which share its panels
+        group = (B, Hkv, Hq // Hkv)
+        q, out = q.reshape(*group, -1), out.reshape(*group, -1)
+        mask = None if mask is None else np.broadcast_to(mask, (B, Hq, 1, Tk)).reshape(*group, Tk)
+        causal = False
+    _attend(q, k, v, scale, causal, mask, out)
+    return result
 
 
 def fused_relative_attention(
@@ -468,5 +520,45 @@ def fused_relative_attention(
     mask: Array | None = None,
     out: Array | None = None,
 ) -> Array:
-    """Attend exactly with relative positions."""
-    return _attend(q_content, k, v, scale, causal, mask, out, q_position, p)
+    """Attend exactly with relative positions, as Transformer-XL and Conformer do, without ever holding a map.
+
+    The scores are ``scale * (q_content[i] . k[j] + q_position[i] . p[T - 1 - i + j])`` [1]_. The position products are computed
+    for one panel of queries and one block of keys at a time, over the window of p that these meet, and shifted while added.
+
+    Parameters
+    ----------
+    q_content, q_position : array, shape (B, H, T, D), float32 or float64
+        Queries, each with its learned bias added.
+    k : array, shape (B, Hkv, T, D), dtype of `q_content`
+        Keys; as many as queries.
+    v : array, shape (B, Hkv, T, Dv), dtype of `q_content`
+        Values.
+    p : array, shape (H, 2 * T - 1, D), dtype of `q_content`
+        Projected positions, from distance ``T - 1`` (key first) to ``1 - T``; shared by the batch.
+    scale, causal, mask, out
+        As for `fused_attention`.
+
+    Returns
+    -------
+    out : array, shape (B, H, T, Dv), dtype of `q_content`
+        A row that sees no key is zero.
+
+    Notes
+    -----
+    Cost: the FLOPs of `fused_attention` plus ``2 * B * H * T * T * D`` for the position products, of which about a third more
+    are computed because the windows of neighbouring blocks overlap.
+
+    References
+    ----------
+    .. [1] Z. Dai et al., "Transformer-XL: Attentive Language Models beyond a Fixed-Length Context", 2019, arXiv:1901.02860,
+       appendix B.
+
+    Examples
+    --------
+    >>> x, p = np.ones((1, 2, 3, 4)), np.ones((2, 5, 4))
+    >>> fused_relative_attention(x, x, x, x, p, scale=0.5).shape
+    (1, 2, 3, 4)
+    """
+    out = _new_output(q_content, v) if out is None else out
+    _attend(q_content, k, v, scale, causal, mask, out, q_position, p)
+    return out

@@ -6,49 +6,95 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .options import KERNEL, STEP
+from .parallel import KERNEL, STEP, share
 from .vector import TILE as _REGISTERS
 
 TILE = 64  # output rows per tile; a multiple of ROWS
-ROWS = 8  # output rows whose sums are in registers together
+ROWS = 8  # output rows whose sums are held in registers together
 VECTOR_BYTES = _REGISTERS.vector_bytes
 
 
 @intrinsic
-def _convolve_block(typingctx: Any, window: Any, weight: Any, out: Any, kernel: Any, width: Any) -> Any:
-    """Set ROWS rows of out to ``sum over taps of weight[tap] * window[row + tap]`` for one vector of channels.
+def _convolve_block(
+    typingctx: Any, window: Any, weight: Any, bias: Any, out: Any, kernel: Any, width: Any
+) -> Any:
+    """Convolve ROWS rows of one vector of channels: every array starts at these channels, its rows `width` apart.
 
-    The arguments are addresses of numbers of the type of `width`'s companion arrays; rows are `width` elements apart.
+    LLVM's loop vectoriser does not keep sums in registers while it walks over the taps; this does.
     """
-    element = window.dtype
+    element = out.dtype
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        data = [
+        vector = ir.VectorType(context.get_data_type(element), VECTOR_BYTES * 8 // element.bitwidth)
+        align = element.bitwidth // 8
+        x, taps, shift, y = (
             context.make_array(kind)(context, builder, value).data
-            for kind, value in zip(signature.args[:3], args[:3], strict=True)
-        ]
-        scalar = context.get_data_type(element)
-        vector = ir.VectorType(scalar, VECTOR_BYTES * 8 // element.bitwidth)
+            for kind, value in zip(signature.args[:4], args[:4], strict=True)
+        )
 
         def at(base: ir.Value, row: ir.Value) -> ir.Value:
-            return builder.gep(base, [builder.mul(row, args[4])], source_etype=scalar)
+            return builder.bitcast(builder.gep(base, [builder.mul(row, args[5])]), vector.as_pointer())
 
-        zero = ir.Constant(vector, [0.0] * vector.count)
-        sums = [cgutils.alloca_once_value(builder, zero) for _ in range(ROWS)]
-        with cgutils.for_range(builder, args[3]) as loop:
-            factor = builder.load(at(data[1], loop.index), align=element.bitwidth // 8, typ=vector)
+        def load(place: ir.Value) -> ir.Value:
+            return builder.load(place, align=align)
+
+        first = cgutils.intp_t(0)
+        sums = [cgutils.alloca_once_value(builder, load(at(shift, first))) for _ in range(ROWS)]
+        with cgutils.for_range(builder, args[4]) as loop:
+            factor = load(at(taps, loop.index))
             for row, total in enumerate(sums):
-                place = at(data[0], builder.add(loop.index, cgutils.intp_t(row)))
                 product = builder.fmul(
-                    factor, builder.load(place, align=element.bitwidth // 8, typ=vector), flags=("contract",)
+                    factor, load(at(x, builder.add(loop.index, cgutils.intp_t(row)))), flags=("contract",)
                 )
-                builder.store(builder.fadd(builder.load(total, typ=vector), product, flags=("contract",)), total)
+                builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
         for row, total in enumerate(sums):
-            builder.store(builder.load(total, typ=vector), at(data[2], cgutils.intp_t(row)), align=element.bitwidth // 8)
+            builder.store(builder.load(total), at(y, cgutils.intp_t(row)), align=align)
         return context.get_dummy_value()
 
-    return types.void(window, weight, out, types.intp, types.intp), codegen
+    return types.void(window, weight, bias, out, types.intp, types.intp), codegen
+
+
+@njit(**STEP)
+def _convolve_tile(padded, weight, bias, kernel, out, width):
+    """Convolve TILE rows: padded ((TILE + kernel - 1) * d,), weight (kernel * d,), bias (d,), out (TILE * d,).
+
+    `width` = d is a multiple of the vector.
+    """
+    for i in range(0, TILE, ROWS):
+        for c in range(0, width, VECTOR_BYTES // out.itemsize):
+            _convolve_block(padded[i * width + c :], weight[c:], bias[c:], out[i * width + c :], kernel, width)
+
+
+@njit(**STEP)
+def _depthwise_tiles(x, strides, weight, bias, kernel, out, length, width, channels, first, last):
+    """Convolve tiles of TILE rows, the tiles of all sequences numbered through."""
+    padded = np.zeros((TILE + kernel - 1) * width, x.dtype)  # channels from `channels` on stay zero
+    tile = np.empty(TILE * width, x.dtype)
+    per_sequence = -(-length // TILE)
+    for item in range(first, last):
+        b, start = item // per_sequence, item % per_sequence * TILE
+        for place in range(TILE + kernel - 1):
+            t = start + place - (kernel - 1) // 2
+            row = padded[place * width : place * width + channels]
+            if 0 <= t < length:
+                source = b * strides[0] + t * strides[1]
+                row[:] = x[source : source + channels]
+            else:
+                row[:] = 0
+        _convolve_tile(padded, weight, bias, kernel, tile, width)
+        for i in range(min(TILE, length - start)):
+            place = (b * length + start + i) * channels
+            out[place : place + channels] = tile[i * width : i * width + channels]
+
+
+@njit(**KERNEL)
+def kernel_depthwise_conv(x, strides, weight, bias, kernel, out, length, width, channels, tiles, parts):
+    """Convolve each channel of x (B, T, channels), given flat with strides of its first two axes, into row-major out.
+
+    weight (kernel * d,) and bias (d,) have their channels padded to d = `width`, a multiple of the vector.
+    """
+    share(_depthwise_tiles, (x, strides, weight, bias, kernel, out, length, width, channels), tiles, parts)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from numba import njit, prange
+from numba import njit
 
-from .options import KERNEL, STEP
+from .parallel import KERNEL, STEP, share
 from .polynomials import full_width, gelu, sigmoid
 
 GELU, GELU_TANH, SILU, RELU = range(4)  # the `kind` of `kernel_activation`
@@ -41,11 +41,7 @@ def _activation_rows(kind, x, x_stride, out, width, first, last):
 @njit(**KERNEL)
 def kernel_activation(kind, x, x_stride, out, width, rows, parts):
     """Apply the activation `kind` to rows of `width` elements that are `x_stride` apart; out is row-major."""
-    if parts == 1:
-        _activation_rows(kind, x, x_stride, out, width, 0, rows)
-    else:
-        for p in prange(parts):
-            _activation_rows(kind, x, x_stride, out, width, p * rows // parts, (p + 1) * rows // parts)
+    share(_activation_rows, (kind, x, x_stride, out, width), rows, parts)
 
 
 @njit(**STEP)
@@ -67,13 +63,7 @@ def _gate_rows(smooth, a, a_stride, b, b_stride, out, width, first, last):
 @njit(**KERNEL)
 def kernel_gate(smooth, a, a_stride, b, b_stride, out, width, rows, parts):
     """Gate rows of `width` elements, `a_stride` and `b_stride` apart, as GLU or (`smooth`) as SwiGLU."""
-    if parts == 1:
-        _gate_rows(smooth, a, a_stride, b, b_stride, out, width, 0, rows)
-    else:
-        for p in prange(parts):
-            _gate_rows(
-                smooth, a, a_stride, b, b_stride, out, width, p * rows // parts, (p + 1) * rows // parts
-            )
+    share(_gate_rows, (smooth, a, a_stride, b, b_stride, out, width), rows, parts)
 
 
 @njit(**STEP)
@@ -92,14 +82,7 @@ def _add_rows(x, x_stride, y, y_stride, period, scale, out, width, first, last):
 @njit(**KERNEL)
 def kernel_add(x, x_stride, y, y_stride, period, scale, out, width, rows, parts):
     """Add ``scale * y`` to x row by row, y repeating every `period` rows."""
-    if parts == 1:
-        _add_rows(x, x_stride, y, y_stride, period, scale, out, width, 0, rows)
-    else:
-        for p in prange(parts):
-            _add_rows(
-                x, x_stride, y, y_stride, period, scale, out, width,
-                p * rows // parts, (p + 1) * rows // parts,
-            )  # fmt: skip
+    share(_add_rows, (x, x_stride, y, y_stride, period, scale, out, width), rows, parts)
 
 
 @njit(**STEP)
@@ -115,8 +98,7 @@ def _bias_rows(out, bias, first, last):
 @njit(**KERNEL)
 def kernel_bias(out, bias, rows, parts):
     """Add the bias (d,) to every row of out (rows * d,), in place."""
-    for p in prange(parts):
-        _bias_rows(out, bias, p * rows // parts, (p + 1) * rows // parts)
+    share(_bias_rows, (out, bias), rows, parts)
 
 
 @njit(**STEP)
@@ -154,11 +136,4 @@ def _rotary_rows(x, strides, cos, sin, interleaved, out, heads, length, first, l
 @njit(**KERNEL)
 def kernel_rotary(x, strides, cos, sin, interleaved, out, heads, length, rows, parts):
     """Rotate x (B, H, T, D), flat with element strides of its first three axes, into row-major out; cos (T * D / 2,)."""
-    if parts == 1:
-        _rotary_rows(x, strides, cos, sin, interleaved, out, heads, length, 0, rows)
-    else:
-        for p in prange(parts):
-            _rotary_rows(
-                x, strides, cos, sin, interleaved, out, heads, length,
-                p * rows // parts, (p + 1) * rows // parts,
-            )  # fmt: skip
+    share(_rotary_rows, (x, strides, cos, sin, interleaved, out, heads, length), rows, parts)

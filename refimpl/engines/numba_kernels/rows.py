@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
-from .options import KERNEL, STEP
+from .parallel import KERNEL, STEP, share
 from .polynomials import accumulate, exp, full_width, maximum
 
 
@@ -31,123 +31,142 @@ def _softmax_row(x, out):
         out[j] *= scale
 
 
-@njit(**KERNEL)
-def kernel_softmax(x, x_stride, out, k_len, q_len, causal, rows, parts):
-    """Softmax of rows of `k_len` logits; row i is query ``i % q_len``, which sees a prefix of the keys if `causal`.
+@njit(**STEP)
+def _visible(i, q_len, k_len):
+    """How many keys row i of the maps sees under a causal mask."""
+    return min(max(i % q_len + 1 + k_len - q_len, 0), k_len)
 
-    Part p takes rows p, p + parts, ...: under a causal mask every part then has the same work.
-    """
-    for p in prange(parts):
-        for i in range(p, rows, parts):
-            seen = min(max(i % q_len + 1 + k_len - q_len, 0), k_len) if causal else k_len
+
+@njit(**STEP)
+def _softmax_rows(x, x_stride, out, k_len, q_len, causal, rows, lanes, first, last):
+    """Softmax of rows lane, lane + lanes, lane + 2 lanes, ... for each lane from `first` to `last`."""
+    for lane in range(first, last):
+        for i in range(lane, rows, lanes):
+            seen = _visible(i, q_len, k_len) if causal else k_len
             y = out[i * k_len : (i + 1) * k_len]
             _softmax_row(x[i * x_stride : i * x_stride + seen], y[:seen])
             y[seen:] = 0
 
 
+@njit(**KERNEL)
+def kernel_softmax(x, x_stride, out, k_len, q_len, causal, rows, parts):
+    """Softmax of rows of `k_len` logits; row i is query ``i % q_len``, which sees a prefix of the keys if `causal`.
+
+    Rows are dealt out in turn: under a causal mask all parts then have the same work.
+    """
+    share(_softmax_rows, (x, x_stride, out, k_len, q_len, causal, rows, parts), parts, parts)
+
+
 @njit(**STEP)
-def _layer_norm_row(x, weight, bias, eps, out):
-    """Normalise one row (d,): two passes for mean and variance, then scale and shift."""
+def _layer_norm_rows(x, x_stride, weight, bias, eps, out, first, last):
+    """Normalise rows (d,) that are `x_stride` apart: two passes for mean and variance, then scale and shift."""
     full_width()
-    total = x.dtype.type(0)
-    for j in range(x.size):
-        total = accumulate(total, x[j])
-    mean = x.dtype.type(total / x.size)
-    squares = x.dtype.type(0)
-    for j in range(x.size):
-        squares = accumulate(squares, (x[j] - mean) * (x[j] - mean))
-    scale = x.dtype.type(1.0 / math.sqrt(squares / x.size + eps))
-    for j in range(x.size):
-        out[j] = (x[j] - mean) * scale * weight[j] + bias[j]
+    width = weight.size
+    for i in range(first, last):
+        row = x[i * x_stride : i * x_stride + width]
+        y = out[i * width : (i + 1) * width]
+        total = x.dtype.type(0)
+        for j in range(width):
+            total = accumulate(total, row[j])
+        mean = x.dtype.type(total / width)
+        squares = x.dtype.type(0)
+        for j in range(width):
+            squares = accumulate(squares, (row[j] - mean) * (row[j] - mean))
+        scale = x.dtype.type(1.0 / math.sqrt(squares / width + eps))
+        for j in range(width):
+            y[j] = (row[j] - mean) * scale * weight[j] + bias[j]
 
 
 @njit(**KERNEL)
-def kernel_layer_norm(x, x_stride, weight, bias, eps, out, width, rows, parts):
-    """Layer norm of rows of `width` elements, `x_stride` apart."""
-    for p in prange(parts):
-        for i in range(p * rows // parts, (p + 1) * rows // parts):
-            row = x[i * x_stride : i * x_stride + width]
-            _layer_norm_row(row, weight, bias, eps, out[i * width : (i + 1) * width])
+def kernel_layer_norm(x, x_stride, weight, bias, eps, out, rows, parts):
+    """Layer norm of rows (d,), `x_stride` apart; weight and bias (d,), out row-major."""
+    share(_layer_norm_rows, (x, x_stride, weight, bias, eps, out), rows, parts)
 
 
 @njit(**STEP)
-def _rms_norm_row(x, weight, eps, out):
-    """Divide one row (d,) by its root mean square, then scale."""
+def _rms_norm_rows(x, x_stride, weight, eps, out, first, last):
+    """Divide rows (d,) by their root mean square, then scale."""
     full_width()
-    squares = x.dtype.type(0)
-    for j in range(x.size):
-        squares = accumulate(squares, x[j] * x[j])
-    scale = x.dtype.type(1.0 / math.sqrt(squares / x.size + eps))
-    for j in range(x.size):
-        out[j] = x[j] * scale * weight[j]
+    width = weight.size
+    for i in range(first, last):
+        row = x[i * x_stride : i * x_stride + width]
+        y = out[i * width : (i + 1) * width]
+        squares = x.dtype.type(0)
+        for j in range(width):
+            squares = accumulate(squares, row[j] * row[j])
+        scale = x.dtype.type(1.0 / math.sqrt(squares / width + eps))
+        for j in range(width):
+            y[j] = row[j] * scale * weight[j]
 
 
 @njit(**KERNEL)
-def kernel_rms_norm(x, x_stride, weight, eps, out, width, rows, parts):
-    """RMS norm of rows of `width` elements, `x_stride` apart."""
-    for p in prange(parts):
-        for i in range(p * rows // parts, (p + 1) * rows // parts):
-            row = x[i * x_stride : i * x_stride + width]
-            _rms_norm_row(row, weight, eps, out[i * width : (i + 1) * width])
+def kernel_rms_norm(x, x_stride, weight, eps, out, rows, parts):
+    """RMS norm of rows (d,), `x_stride` apart; weight (d,), out row-major."""
+    share(_rms_norm_rows, (x, x_stride, weight, eps, out), rows, parts)
 
 
 @njit(**STEP)
-def _batch_norm_row(x, mean, scale, bias, out):
-    """Shift and scale one row (d,) per channel."""
+def _batch_norm_rows(x, x_stride, mean, scale, bias, out, first, last):
+    """Shift and scale rows (d,) per channel."""
     full_width()
-    for j in range(x.size):
-        out[j] = (x[j] - mean[j]) * scale[j] + bias[j]
+    width = mean.size
+    for i in range(first, last):
+        row = x[i * x_stride : i * x_stride + width]
+        y = out[i * width : (i + 1) * width]
+        for j in range(width):
+            y[j] = (row[j] - mean[j]) * scale[j] + bias[j]
 
 
 @njit(**KERNEL)
-def kernel_batch_norm(x, x_stride, mean, scale, bias, out, width, rows, parts):
-    """``(x - mean) * scale + bias`` per channel, for rows of `width` channels, `x_stride` apart."""
-    for p in prange(parts):
-        for i in range(p * rows // parts, (p + 1) * rows // parts):
-            row = x[i * x_stride : i * x_stride + width]
-            _batch_norm_row(row, mean, scale, bias, out[i * width : (i + 1) * width])
+def kernel_batch_norm(x, x_stride, mean, scale, bias, out, rows, parts):
+    """``(x - mean) * scale + bias`` for rows (d,), `x_stride` apart; mean, scale and bias (d,)."""
+    share(_batch_norm_rows, (x, x_stride, mean, scale, bias, out), rows, parts)
 
 
 @njit(**STEP)
-def _add_row(x, y, out):
-    """Sum of two rows (n,)."""
+def _add_relative_rows(scores, position, out, length, first, last):
+    """Add to row i of a map the `length` position scores from column ``T - 1 - i % T`` of row i."""
     full_width()
-    for j in range(x.size):
-        out[j] = x[j] + y[j]
+    for i in range(first, last):
+        start = i * (2 * length - 1) + length - 1 - i % length
+        x, y = scores[i * length : (i + 1) * length], position[start : start + length]
+        z = out[i * length : (i + 1) * length]
+        for j in range(length):
+            z[j] = x[j] + y[j]
 
 
 @njit(**KERNEL)
 def kernel_add_relative(scores, position, out, length, rows, parts):
-    """Add to row i of each (T, T) map the T position scores from column ``T - 1 - i`` of its (T, 2T - 1) map."""
-    for p in prange(parts):
-        for i in range(p * rows // parts, (p + 1) * rows // parts):
-            start = i * (2 * length - 1) + length - 1 - i % length
-            row = slice(i * length, (i + 1) * length)
-            _add_row(scores[row], position[start : start + length], out[row])
+    """Add shifted position scores: scores and out flat (B, H, T, T), position flat (B, H, T, 2T - 1)."""
+    share(_add_relative_rows, (scores, position, out, length), rows, parts)
+
+
+@njit(**STEP)
+def _hide_future_rows(scores, k_len, q_len, first, last):
+    """Set to -inf, in place, the logits after those that a causal mask shows."""
+    for i in range(first, last):
+        scores[i * k_len + _visible(i, q_len, k_len) : (i + 1) * k_len] = -np.inf
 
 
 @njit(**KERNEL)
 def kernel_hide_future(scores, k_len, q_len, rows, parts):
-    """Set to -inf, in place, the logits of keys that a query may not see under a causal mask."""
-    for p in prange(parts):
-        for i in range(p * rows // parts, (p + 1) * rows // parts):
-            seen = min(max(i % q_len + 1 + k_len - q_len, 0), k_len)
-            scores[i * k_len + seen : (i + 1) * k_len] = -np.inf
+    """Set logits, flat (B, H, Tq, Tk), to -inf in place where a causal mask hides them."""
+    share(_hide_future_rows, (scores, k_len, q_len), rows, parts)
 
 
 @njit(**STEP)
-def _hide_row(row, mask):
-    """Set one row (n,) to -inf where the mask (n,) is False, in place."""
+def _hide_masked_rows(scores, mask, strides, heads, q_len, k_len, first, last):
+    """Set rows of logits to -inf, in place, where their row of the mask is False."""
     full_width()
-    hidden = row.dtype.type(-np.inf)
-    for j in range(row.size):
-        row[j] = row[j] if mask[j] else hidden
+    hidden = scores.dtype.type(-np.inf)
+    for i in range(first, last):
+        start = i // (q_len * heads) * strides[0] + i // q_len % heads * strides[1] + i % q_len * strides[2]
+        row, shown = scores[i * k_len : (i + 1) * k_len], mask[start : start + k_len]
+        for j in range(k_len):
+            row[j] = row[j] if shown[j] else hidden
 
 
 @njit(**KERNEL)
 def kernel_hide_masked(scores, mask, strides, heads, q_len, k_len, rows, parts):
     """Set masked logits (B, H, Tq, Tk) to -inf in place; the flat mask has element strides of its first three axes."""
-    for p in prange(parts):
-        for i in range(p * rows // parts, (p + 1) * rows // parts):
-            start = i // (q_len * heads) * strides[0] + i // q_len % heads * strides[1] + i % q_len * strides[2]
-            _hide_row(scores[i * k_len : (i + 1) * k_len], mask[start : start + k_len])
+    share(_hide_masked_rows, (scores, mask, strides, heads, q_len, k_len), rows, parts)

@@ -75,8 +75,8 @@ class _ExpShape(NamedTuple):
 
 
 _EXP_SHAPES = {
-    32: _ExpShape(mantissa_bits=23, exponent_bias=127, degree=6),
-    64: _ExpShape(mantissa_bits=52, exponent_bias=1023, degree=12),
+    32: _ExpShape(mantissa_bits=23, exponent_bias=127, degree=7),
+    64: _ExpShape(mantissa_bits=52, exponent_bias=1023, degree=13),
 }
 
 
@@ -366,6 +366,26 @@ def transpose_out(typingctx: Any, out: Any, row_stride: Any, a: Any, factors: An
         return context.get_dummy_value()
 
     return types.void(out, types.intp, out, out), codegen
+
+
+@intrinsic
+def hide_square(typingctx: Any, scores: Any, mask: Any, row_stride: Any) -> Any:
+    """Set one square of a panel, one vector wide, to -inf where ``mask.T`` is 0; rows of the mask are `row_stride` bytes apart."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        vectors = _Vectors(builder, scores)
+        panel, source, stride = args
+        bits = ir.VectorType(ir.IntType(8), vectors.count)
+        starts = [builder.gep(source, [builder.mul(cgutils.intp_t(c), stride)]) for c in range(vectors.count)]
+        rows = [builder.load(builder.bitcast(start, bits.as_pointer()), align=1) for start in starts]
+        hidden, zeros = vectors.constant(-math.inf), ir.Constant(bits, [0] * vectors.count)
+        for r, row in enumerate(vectors.transpose(rows)):
+            place = vectors.at(panel, r * vectors.lanes)
+            seen = builder.icmp_unsigned("!=", row, zeros)
+            vectors.store(builder.select(seen, vectors.load(place), hidden), place)
+        return context.get_dummy_value()
+
+    return types.void(scores, mask, types.intp), codegen
 
 
 @intrinsic

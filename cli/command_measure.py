@@ -1,0 +1,67 @@
+"""``effref measure``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import options, render
+from .output import Target
+from .progress import Progress
+from .request import resolve
+
+GATE_FAILED, INTERRUPTED = 1, 130
+
+
+@click.command("measure")
+@options.shape_options
+@options.method_options
+@click.option("--input", "input_file", type=click.Path(path_type=Path), metavar="FILE", help="Run on .txt, .wav or .npy.  [seeded random]")
+@options.engine_options
+@options.hardware_option
+@options.timing_options
+@options.output_options("table", "json", "csv", "md")
+@options.plot_option
+@click.option("--fail-above", type=click.FloatRange(0), metavar="PERCENT", help="Exit with 1 when the median absolute error of components is larger.")
+def command(
+    baseline: str | None, hardware: str | None, form: str | None, path: Path | None, plot: Path | None, quiet: bool,
+    input_file: Path | None, fail_above: float | None, repeats: int, warmup: int, max_seconds: float, seed: int,
+    **given: Any,
+) -> int:  # fmt: skip
+    """Run methods and print measured beside predicted time, component by component and in total.
+
+    Errors are (predicted - measured) / measured. The first run on a machine calibrates it.
+
+    \b
+    Examples:
+      effref measure
+      effref measure --method reuse --set reuse.group=3 --seq 512,2048 --plot reuse.svg
+      effref measure --model bert-base --device gpu --format json --output bert.json
+      effref measure --seq 512 --fail-above 15
+    """
+    from .measurement import Source, Timing, measured
+
+    target = Target.of(form, path, plot)
+    progress = Progress.on_stderr(quiet)
+    source = Source(input_file, own_length=given["seq"] is None)
+    request = resolve(**options.request_options(given))
+    document = measured(request, hardware, source, Timing(repeats, warmup, max_seconds, seed), progress)
+    if target.needs_context:
+        from .context import context
+
+        document["context"] = context(request.threads)
+    target.write(document, lambda: render.measure_blocks(document, request.baselines(baseline)), progress)
+    return INTERRUPTED if "interrupted" in document else _gate(document, fail_above)
+
+
+def _gate(document: dict[str, Any], fail_above: float | None) -> int:
+    error = document["accuracy"]["components"]["median_abs"]
+    if fail_above is None or error is None or 100 * error <= fail_above:
+        return 0
+    print(
+        f"effref: the median absolute error of components is {100 * error:.1f} %, above {fail_above:g} %", file=sys.stderr
+    )
+    return GATE_FAILED

@@ -1,0 +1,205 @@
+"""A method in words and symbols: its cost formulas are computed from the code of the cost model, with SymPy symbols."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from costmodel.methods import COSTS
+from costmodel.methods.steps import Setting
+from costmodel.ops import Cost, Op
+from refimpl.components import COMPONENTS
+from refimpl.config import ModelConfig
+from refimpl.methods import CATALOG, method, parameters
+from refimpl.weights import resolve_config
+
+FIGURES = ("matmul_flops", "vector_flops", "bytes_read", "bytes_written")
+SYMBOLS = {
+    "T": "length",
+    "B": "batch",
+    "d": "model width",
+    "H": "query heads",
+    "Hkv": "key and value heads",
+    "D": "head width",
+    "b": "bytes per element",
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The attention sublayer of one kind of layer: per component and figure a SymPy expression.
+
+    Attributes
+    ----------
+    kind : str
+        "every layer", or "compute layer" and "reuse layer".
+    count : int
+        How many the model has.
+    """
+
+    kind: str
+    count: int
+    formulas: Mapping[str, Mapping[str, Any]]
+
+    def per_element(self) -> dict[str, dict[str, Any]]:
+        """The formulas with bytes divided by b."""
+        import sympy
+
+        b = sympy.Symbol("b", integer=True, positive=True)
+        return {
+            component: {name: sympy.factor(row[name] / b) if name.startswith("bytes") else row[name] for name in FIGURES}
+            for component, row in self.formulas.items()
+        }
+
+    @staticmethod
+    def total(formulas: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """The sum over the components."""
+        import sympy
+
+        return {name: sympy.expand(sum(row[name] for row in formulas.values())) for name in FIGURES}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Everything that ``effref explain`` prints."""
+
+    name: str
+    config: ModelConfig
+    causal: bool
+    chosen: Mapping[str, Any]
+    layers: list[Layer]
+
+    @property
+    def row(self) -> Any:
+        """The method's row of the catalogue."""
+        return CATALOG[self.name]
+
+    @property
+    def parameters(self) -> list[tuple[str, Any, str]]:
+        """Name, default and meaning of each parameter."""
+        return [(f.name, f.default, f.metadata["about"]) for f in fields(self.row.parameters)]
+
+    @property
+    def symbols(self) -> dict[str, str]:
+        """The letters that occur, and D where it is d / H."""
+        used = {str(s) for layer in self.layers for row in layer.formulas.values() for e in row.values() for s in e.free_symbols}
+        return {letter: meaning for letter, meaning in SYMBOLS.items() if letter in used}
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; formulas as text that SymPy and Python read."""
+        return {
+            "schema_version": 1,
+            "method": self.name,
+            "title": self.row.title,
+            "exact": self.row.exact,
+            "source": self.row.paper,
+            "equation": self.row.equation,
+            "reading": self.row.reading,
+            "parameters": [
+                {"name": name, "default": default, "about": about} for name, default, about in self.parameters
+            ],
+            "model": self.config.name,
+            "causal": self.causal,
+            "params": dict(self.chosen),
+            "symbols": self.symbols,
+            "layers": [
+                {
+                    "kind": layer.kind,
+                    "count": layer.count,
+                    "components": [
+                        {"component": component, **{name: str(row[name]) for name in FIGURES}}
+                        for component, row in layer.formulas.items()
+                    ],
+                    "total": {name: str(value) for name, value in layer.total(layer.formulas).items()},
+                }
+                for layer in self.layers
+            ],
+        }
+
+
+def explain(
+    name: str,
+    model: str | Path | ModelConfig | None = None,
+    params: Mapping[str, Any] | None = None,
+    causal: bool | None = None,
+) -> Explanation:
+    """Cost formulas of the attention sublayer of a method, in symbols.
+
+    Parameters
+    ----------
+    name : str
+        A name of the catalogue.
+    model : str, Path or ModelConfig, optional
+        Decides positions, key heads, biases and mask; its sizes become symbols. Default: the method's example model.
+    params : mapping, optional
+        The method's parameters.
+    causal : bool, optional
+        Overrides the model's own mask.
+
+    Raises
+    ------
+    ConfigError
+        Unknown method, model or parameter.
+    """
+    config = resolve_config(method(name).model if model is None else model)
+    chosen = parameters(name, params, config)
+    masked = config.causal if causal is None else causal
+    import sympy
+
+    T, B = sympy.symbols("T B", integer=True, positive=True)
+    program = COSTS[name][0](Setting(_in_symbols(config), B, T, int(masked)), chosen)
+    counts = _counts(config, chosen)
+    layers = [Layer(kind, counts[kind], _formulas(ops, config)) for kind, ops in _kinds(program).items() if counts[kind]]
+    return Explanation(name, config, masked, dict(params or {}), layers)
+
+
+def _kinds(program: Any) -> dict[str, list[Op]]:
+    """The kinds of layers: the methods of the closed form that are called ``..._layer``."""
+    names = [name for name in dir(program) if name.endswith("_layer") and not name.startswith("_")]
+    if names == ["compute_layer"]:
+        return {"every layer": program.compute_layer()}
+    return {name.replace("_", " "): getattr(program, name)() for name in names}
+
+
+def _counts(config: ModelConfig, chosen: Any) -> dict[str, int]:
+    if not hasattr(chosen, "leaders"):
+        return {"every layer": config.layers}
+    compute = sum(leader == layer for layer, leader in enumerate(chosen.leaders(config.layers)))
+    return {"compute layer": compute, "reuse layer": config.layers - compute}
+
+
+def _in_symbols(config: ModelConfig) -> ModelConfig:
+    """The model with symbols for its sizes."""
+    import sympy
+
+    d, H, Hkv = sympy.symbols("d H Hkv", integer=True, positive=True)
+    D = sympy.Symbol("D", even=True, positive=True)
+    kv_heads = H if config.kv_heads == config.heads else Hkv
+    return replace(config, d_model=d, heads=H, kv_heads=kv_heads, head_dim=D)
+
+
+def _formulas(ops: list[Op], config: ModelConfig) -> dict[str, dict[str, Any]]:
+    import sympy
+
+    b = sympy.Symbol("b", integer=True, positive=True)
+    costs: dict[str, Cost] = {}
+    for op in ops:
+        costs[op.component] = costs.get(op.component, Cost()) + op.cost(b)  # type: ignore[arg-type]
+    return {
+        component: {name: _tidy(getattr(costs[component], name), config) for name in FIGURES}
+        for component in COMPONENTS
+        if component in costs
+    }
+
+
+def _tidy(value: Any, config: ModelConfig) -> Any:
+    """Factored; with d for H D where the heads together are as wide as the model. Its divisions leave no remainder."""
+    import sympy
+
+    value = sympy.sympify(value).replace(sympy.floor, lambda inside: inside)
+    if config.d_attention == config.d_model:
+        d, H = sympy.symbols("d H", integer=True, positive=True)
+        value = value.subs(sympy.Symbol("D", even=True, positive=True), d / H)
+    return sympy.factor(value)

@@ -1,0 +1,135 @@
+"""Draws a result: breakdown of each method at each length, and total time against length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from refimpl.errors import MissingDependencyError
+
+from .files import whole
+from .render import SECONDS, by_method, unit_for
+
+PANELS = 4  # lengths whose breakdown is drawn: the largest ones
+# Okabe and Ito's colours, told apart by colour-blind readers; components beyond them are hatched.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#999999")
+HATCHES = ("", "///", "...")
+MARKERS = "osD^vP*X"
+
+
+def require_matplotlib() -> None:
+    """Raise MissingDependencyError where plots cannot be drawn."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError("plots need Matplotlib: pip install 'effref[plot]'") from error
+
+
+def draw(document: Mapping[str, Any], path: Path) -> None:
+    """Write the plot as SVG or PNG, whole or not at all.
+
+    Raises
+    ------
+    MissingDependencyError
+        If Matplotlib is not installed.
+    OutputError
+        If the file cannot be written.
+    """
+    require_matplotlib()
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    results = document["results"]
+    lengths = sorted({result["seq"] for result in results})[-PANELS:]
+    columns = len(lengths) + 2
+    with mpl.rc_context({"font.size": 9, "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(2.0 * columns + 2.5, 4.8), layout="constrained")
+        FigureCanvasAgg(figure)
+        grid = figure.add_gridspec(1, columns)
+        colours = _colours(results)
+        for place, seq in enumerate(lengths):
+            at_length = [result for result in results if result["seq"] == seq]
+            _breakdown(figure.add_subplot(grid[0, place]), at_length, colours, first=place == 0)
+        _totals(figure.add_subplot(grid[0, len(lengths) :]), results)
+        figure.suptitle(_title(document))
+        figure.legend(handles=_legend(colours), loc="outside lower center", ncols=6, frameon=False)
+        metadata = {"Title": _title(document), "Description": describe(document)}
+        with whole(path) as scratch:
+            figure.savefig(scratch, metadata=metadata, dpi=160)
+
+
+def describe(document: Mapping[str, Any]) -> str:
+    """The plot in words, kept in the file for readers who do not see it."""
+    parts = []
+    for result in document["results"]:
+        measured = result["total"].get("measured_s")
+        seen = f", measured {measured['median']:.4g} s" if measured else ""
+        parts.append(f"{result['method']} at T={result['seq']}: predicted {result['total']['predicted_s']:.4g} s{seen}")
+    return "Seconds of one forward pass by component and in total. " + "; ".join(parts) + "."
+
+
+def _title(document: Mapping[str, Any]) -> str:
+    config, hardware = document["config"], document["hardware"]
+    return f"{config['model']['name']}, {config['dtype']}, batch {config['batch']}, {hardware['name']} ({hardware['level']})"
+
+
+def _colours(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
+    """Component -> colour and hatch, in the order in which components run."""
+    names = list(dict.fromkeys(row["component"] for result in results for row in result["components"]))
+    return {
+        name: (COLOURS[place % len(COLOURS)], HATCHES[place // len(COLOURS)]) for place, name in enumerate(names)
+    }
+
+
+def _breakdown(axes: Any, results: Sequence[Mapping[str, Any]], colours: Mapping[str, Any], first: bool) -> None:
+    """Stacked bars at one length: predicted (pale) and measured beside it, for each method."""
+    measured = "measured_s" in results[0]["total"]
+    unit, factor = unit_for(SECONDS, max(result["total"]["predicted_s"] for result in results))
+    width = 0.38 if measured else 0.7
+    for place, result in enumerate(results):
+        _stack(axes, place - (0.2 if measured else 0), width, result, colours, lambda row: row["predicted_s"] / factor, 0.55)
+        if measured:
+            _stack(axes, place + 0.2, width, result, colours, lambda row: (row["measured_s"]["median"] or 0) / factor, 1.0)
+    axes.set_xticks(range(len(results)), [result["method"] for result in results], rotation=30)
+    axes.set_title(f"T = {results[0]['seq']}", fontsize=9)
+    axes.set_ylabel(unit)
+    if first:
+        axes.set_xlabel("left predicted (pale), right measured" if measured else "predicted")
+
+
+def _stack(axes: Any, x: float, width: float, result: Mapping[str, Any], colours: Any, value: Any, alpha: float) -> None:
+    bottom = 0.0
+    for row in result["components"]:
+        colour, hatch = colours[row["component"]]
+        height = value(row)
+        axes.bar(x, height, width, bottom, color=colour, hatch=hatch, alpha=alpha, edgecolor="white", linewidth=0.3)
+        bottom += height
+
+
+def _totals(axes: Any, results: Sequence[Mapping[str, Any]]) -> None:
+    """Total against length on logarithmic axes: predicted as a line with its band, measured as marks."""
+    for place, (name, found) in enumerate(by_method(results).items()):
+        colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+        lengths, totals = [result["seq"] for result in found], [result["total"] for result in found]
+        low, high = ([total[f"predicted_{end}_s"] for total in totals] for end in ("low", "high"))
+        axes.fill_between(lengths, low, high, color=colour, alpha=0.15, linewidth=0)
+        predicted = [total["predicted_s"] for total in totals]
+        axes.plot(lengths, predicted, color=colour, marker=marker, markersize=3, linewidth=1.2, label=f"{name}, predicted")
+        if "measured_s" in totals[0]:
+            medians = [total["measured_s"]["median"] for total in totals]
+            axes.plot(lengths, medians, color=colour, marker=marker, linestyle="none", label=f"{name}, measured")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("length T")
+    axes.set_ylabel("s")
+    axes.set_title("total", fontsize=9)
+    axes.grid(alpha=0.3, which="major")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _legend(colours: Mapping[str, tuple[str, str]]) -> list[Any]:
+    from matplotlib.patches import Patch
+
+    return [Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=name) for name, (colour, hatch) in colours.items()]

@@ -1,0 +1,71 @@
+"""One set of cores for two pools of threads: Numba's, which run the kernels, and those of BLAS; and news of compilation."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numba
+from numba.core import event
+from threadpoolctl import ThreadpoolController
+
+from refimpl.errors import ConfigError
+
+
+def share_cores() -> None:
+    """Have idle Numba threads sleep instead of spin, unless the user has chosen. Works before the first kernel runs."""
+    # Products and kernels alternating, T = 128, d = 384, two cores: 6.8 times their time apart with libgomp's default of
+    # spinning, 1.05 with sleeping threads, 1.10 with Numba's "workqueue". A launch costs 8 us asleep (3 spinning, 20 workqueue).
+    with _environment("OMP_WAIT_POLICY", "passive"), contextlib.suppress(ImportError):
+        from numba.np.ufunc import omppool  # noqa: F401  (loads OpenMP, which reads the variable once)
+
+
+def count() -> int:
+    """Threads that kernels use."""
+    return int(numba.get_num_threads())
+
+
+def set_count(n: int) -> None:
+    """Use `n` threads in kernels and in BLAS."""
+    most = int(numba.config.NUMBA_NUM_THREADS)
+    if not 1 <= n <= most:
+        message = f"threads must be 1 to {most} on this machine, not {n}; NUMBA_NUM_THREADS raises the limit"
+        raise ConfigError(message)
+    numba.set_num_threads(n)
+    ThreadpoolController().limit(limits=n, user_api="blas")
+
+
+def on_first_compilation(announce: Callable[[str], None]) -> None:
+    """Call ``announce(message)`` once, when a kernel of this package is compiled rather than loaded from the disk cache."""
+    event.register("numba:compile", _Announcer(announce))
+
+
+class _Announcer(event.Listener):
+    """Speaks at the first compilation of this package's code, then stays silent."""
+
+    def __init__(self, announce: Callable[[str], None]) -> None:
+        self._announce: Callable[[str], None] | None = announce
+
+    def on_start(self, event: Any) -> None:
+        module = event.data["dispatcher"].py_func.__module__
+        if self._announce is not None and module.startswith("refimpl."):
+            announce, self._announce = self._announce, None
+            announce("compiling kernels for this machine (once; later runs load them from Numba's cache)")
+
+    def on_end(self, event: Any) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable for a moment, unless it is set."""
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]

@@ -1,0 +1,989 @@
+"""The CuPy engine: on a GPU where there is one, and without one on the CPU.
+
+The same checks run on two engines. `gpu` is CuPy on a device. `emulated` is the same engine, the same kernel sources
+and the same cuBLAS calls with another `cupy` below: arrays in host memory, the sources compiled by g++ and run thread
+by thread with real barriers, products from the raw pointers, strides and flags that cuBLAS would be given. What this
+cannot show is speed, the device's own arithmetic, and cuBLAS and CuPy themselves.
+
+Rule: ``max|fast - truth| <= 2 max|honest - truth| + floor``, truth in float64, honest the NumPy engine in the same
+dtype, floor one rounding of the largest value.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import re
+import shutil
+import subprocess
+import sys
+import time
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import refimpl
+from refimpl.config import ModelConfig
+from refimpl.engines import cupy_engine, cupy_kernels
+from refimpl.engines.cupy_engine import CupyEngine
+from refimpl.engines.numpy_engine import NumpyEngine
+from refimpl.errors import MissingDependencyError, ShapeError, UnsupportedError
+from refimpl.weights.layout import Weights
+
+DTYPES = ("float16", "float32", "float64")
+REFERENCE = NumpyEngine()
+
+# --- CUDA on the CPU ------------------------------------------------------------------------------------------------
+
+SHIM = r"""
+#include <cmath>
+#include <cstring>
+#include <ucontext.h>
+#include <utility>
+#include <vector>
+using std::erf; using std::exp; using std::sqrt; using std::tanh;
+#define __device__
+#define __global__
+#define __shared__ static
+typedef _Float16 __half;
+struct Dim { unsigned x, y; };
+static Dim blockIdx, blockDim, threadIdx;
+static float __int_as_float(int bits) { float x; std::memcpy(&x, &bits, 4); return x; }
+
+struct Thread { ucontext_t context; std::vector<char> stack; bool done; };
+static ucontext_t scheduler;
+static Thread* current;
+static void __syncthreads() { swapcontext(&current->context, &scheduler); }
+
+template <typename... P, std::size_t... I>
+void call(void (*kernel)(P...), void** arguments, std::index_sequence<I...>) { kernel(*(P*) arguments[I]...); }
+
+template <typename... P> struct Job { static void (*kernel)(P...); static void** arguments; };
+template <typename... P> void (*Job<P...>::kernel)(P...);
+template <typename... P> void** Job<P...>::arguments;
+template <typename... P> void body() {
+    call(Job<P...>::kernel, Job<P...>::arguments, std::index_sequence_for<P...>());
+    current->done = true;
+    swapcontext(&current->context, &scheduler);
+}
+
+// Run a kernel block by block, its threads in turn up to each barrier; 1 if only some of them reach one.
+template <typename... P> int run(void (*kernel)(P...), unsigned* shape, void** arguments) {
+    Job<P...>::kernel = kernel, Job<P...>::arguments = arguments;
+    blockDim = {shape[1], shape[2]};
+    static std::vector<Thread> threads;
+    threads.resize(blockDim.x * blockDim.y);
+    for (blockIdx = {0, 0}; blockIdx.x < shape[0]; ++blockIdx.x) {
+        for (Thread& thread : threads) {
+            thread.stack.resize(1 << 16), thread.done = false;
+            getcontext(&thread.context);
+            thread.context.uc_stack.ss_sp = thread.stack.data(), thread.context.uc_stack.ss_size = thread.stack.size();
+            makecontext(&thread.context, (void (*)()) body<P...>, 0);
+        }
+        for (std::size_t finished = 0; finished < threads.size();) {
+            finished = 0;
+            for (std::size_t i = 0; i < threads.size(); ++i) {
+                current = &threads[i], threadIdx = {unsigned(i) % blockDim.x, unsigned(i) / blockDim.x};
+                if (!current->done) swapcontext(&scheduler, &current->context);
+                finished += current->done;
+            }
+            if (finished && finished < threads.size()) return 1;
+        }
+    }
+    return 0;
+}
+template <typename T> struct Kind { static const char code = 'p'; };
+template <> struct Kind<long long> { static const char code = 'i'; };
+template <> struct Kind<double> { static const char code = 'd'; };
+template <typename... P> const char* kinds(void (*)(P...)) {
+    static const char codes[] = {Kind<P>::code..., 0};
+    return codes;
+}
+"""
+
+EXPORT = """
+extern "C" int run_{index}(unsigned* shape, void** arguments) {{ return run({name}, shape, arguments); }}
+extern "C" const char* kinds_{index}() {{ return kinds({name}); }}
+"""
+
+GUARD = 64  # NaN elements around every array: reads beyond it poison the result, writes beyond it are found
+
+
+class HostArray(np.ndarray):
+    """A NumPy array with CuPy's `data.ptr`."""
+
+    @property
+    def data(self):
+        return types.SimpleNamespace(ptr=self.ctypes.data)
+
+
+class HostModule:
+    """`cupy.RawModule`, compiled by g++."""
+
+    def __init__(self, cupy, code, options, name_expressions):
+        self.cupy, self.names = cupy, list(name_expressions)
+        folder = cupy.folder / f"module{len(list(cupy.folder.iterdir()))}"
+        folder.mkdir()
+        (folder / "cuda_fp16.h").write_text(SHIM)
+        exports = (EXPORT.format(index=index, name=name) for index, name in enumerate(self.names))
+        (folder / "module.cpp").write_text(code + "".join(exports))
+        command = ["g++", *options, "-O1", "-shared", "-fPIC", f"-I{folder}", "module.cpp", "-o", "module.so"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        if done.returncode and "_Float16" in done.stderr:
+            pytest.skip("g++ knows no _Float16 here")
+        assert done.returncode == 0, done.stderr
+        self.library = ctypes.CDLL(str(folder / "module.so"))
+
+    def get_function(self, name):
+        index = self.names.index(name)
+        function, kinds = getattr(self.library, f"run_{index}"), getattr(self.library, f"kinds_{index}")
+        kinds.restype = ctypes.c_char_p
+        codes = kinds().decode()
+
+        def launch(grid, block, arguments):
+            given = "".join("p" if isinstance(a, np.ndarray) else a.dtype.kind.replace("f", "d") for a in arguments)
+            assert given == codes, f"{name} takes {codes}; given {given}"
+            assert all(not isinstance(a, np.generic) or a.itemsize == 8 for a in arguments)
+            assert math.prod(block) <= 1024
+            shape = (ctypes.c_uint * 3)(*grid, *block, *(1,) * (2 - len(block)))
+            boxes = [ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else None for a in arguments]
+            held = [np.asarray(a) for a in arguments]
+            pointers = [
+                ctypes.addressof(box) if box is not None else scalar.ctypes.data
+                for box, scalar in zip(boxes, held, strict=True)
+            ]
+            assert function(shape, (ctypes.c_void_p * len(pointers))(*pointers)) == 0, f"{name}: barrier not met by all"
+            self.cupy.check_guards()
+
+        return launch
+
+
+class HostBlas:
+    """`gemmStridedBatchedEx` by the letter: column-major matrices at addresses."""
+
+    CUBLAS_OP_N, CUBLAS_OP_T, CUBLAS_GEMM_DEFAULT = 0, 1, -1
+    CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_64F = 68, 70
+
+    def __init__(self, cupy):
+        self.cupy, self.calls = cupy, 0
+
+    def gemmStridedBatchedEx(
+        self, handle, turn_a, turn_b, m, n, k, alpha, a, a_kind, lda, a_step, b, b_kind, ldb, b_step,
+        beta, c, c_kind, ldc, c_step, count, compute, algorithm,
+    ):  # fmt: skip
+        self.calls += 1
+        assert handle == 1
+        assert compute == (70 if a_kind == 1 else 68)
+        assert min(m, n, k, count) > 0
+        assert lda >= (k if turn_a else m)
+        assert ldb >= (n if turn_b else k)
+        assert ldc >= m
+        wide = np.float64 if compute == 70 else np.float32
+        factors = [
+            ctypes.cast(p, ctypes.POINTER(np.ctypeslib.as_ctypes_type(wide))).contents.value for p in (alpha, beta)
+        ]
+        for i in range(count):
+            x = self._matrix(a, a_kind, i * a_step, lda, *((k, m) if turn_a else (m, k)))
+            y = self._matrix(b, b_kind, i * b_step, ldb, *((n, k) if turn_b else (k, n)))
+            z = self._matrix(c, c_kind, i * c_step, ldc, m, n)
+            product = (x.T if turn_a else x).astype(wide) @ (y.T if turn_b else y).astype(wide)
+            product *= wide(factors[0])
+            z[...] = product if factors[1] == 0 else product + wide(factors[1]) * z
+        self.cupy.check_guards()
+
+    @staticmethod
+    def _matrix(address, kind, offset, leading, rows, columns):
+        dtype = np.dtype({2: np.float16, 0: np.float32, 1: np.float64}[kind])
+        size = (columns - 1) * leading + rows
+        memory = (ctypes.c_char * (size * dtype.itemsize)).from_address(address + offset * dtype.itemsize)
+        flat = np.frombuffer(memory, dtype)
+        return np.lib.stride_tricks.as_strided(flat, (rows, columns), (dtype.itemsize, leading * dtype.itemsize))
+
+
+class HostCupy(types.ModuleType):
+    """`cupy` as far as the engine uses it; what is not here is NumPy's."""
+
+    def __init__(self, folder):
+        super().__init__("cupy")
+        self.folder, self.guarded, self.allocated = folder, [], []
+        event = type(
+            "Event", (), {"record": lambda e: setattr(e, "s", time.perf_counter()), "synchronize": lambda e: 0}
+        )
+        self.cuda = types.SimpleNamespace(
+            cublas=HostBlas(self), nvrtc=None, Event=event, get_elapsed_time=lambda a, b: 1e3 * (b.s - a.s),
+            device=types.SimpleNamespace(get_cublas_handle=lambda: 1),
+            Device=lambda: types.SimpleNamespace(id=0, synchronize=lambda: None),
+            runtime=types.SimpleNamespace(
+                CUDA_R_16F=2, CUDA_R_32F=0, CUDA_R_64F=1, getDeviceCount=lambda: 1, memGetInfo=lambda: (10, 20),
+                getDeviceProperties=lambda i: {"name": b"emulated"},
+            ),
+        )  # fmt: skip
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        found = getattr(np, name)
+
+        def wrapped(*args, **kwargs):
+            result = found(*args, **kwargs)
+            return result.view(HostArray) if isinstance(result, np.ndarray) else result
+
+        return wrapped
+
+    def RawModule(self, code, options, name_expressions):
+        return HostModule(self, code, options, name_expressions)
+
+    def get_default_memory_pool(self):
+        return types.SimpleNamespace(free_bytes=lambda: 5)
+
+    def empty(self, shape, dtype=np.float64):
+        size = math.prod(shape)
+        padding = 2 * GUARD + (-size) % GUARD
+        memory = np.full(size + padding, np.nan if np.dtype(dtype).kind == "f" else 1, dtype)
+        self.guarded.append((memory, size))
+        self.allocated.append(size * memory.dtype.itemsize)
+        return memory[GUARD : GUARD + size].reshape(shape).view(HostArray)
+
+    def zeros(self, shape, dtype=np.float64):
+        out = self.empty(shape, dtype)
+        out[...] = 0
+        return out
+
+    def asarray(self, host):
+        out = self.empty(host.shape, host.dtype)
+        out[...] = host
+        return out
+
+    def asnumpy(self, array):
+        return np.array(array)
+
+    def check_guards(self):
+        for memory, size in self.guarded:
+            if memory.dtype.kind == "f":
+                assert np.isnan(memory[:GUARD]).all(), "written before an array"
+                assert np.isnan(memory[GUARD + size :]).all(), "written beyond an array"
+
+
+# --- engines --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to run the kernels on the CPU")
+    cupy = HostCupy(tmp_path_factory.mktemp("kernels"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "cupy", cupy)
+        return CupyEngine()
+
+
+@pytest.fixture(scope="session")
+def gpu():
+    """The one place that decides whether there is a GPU."""
+    try:
+        return CupyEngine()
+    except MissingDependencyError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def engine(request):
+    engine = request.getfixturevalue(request.param)
+    if request.param == "emulated":
+        engine.xp.guarded.clear()
+        engine.xp.allocated.clear()
+    return engine
+
+
+def on_device(engine, value):
+    if isinstance(value, tuple):
+        return tuple(on_device(engine, part) for part in value)
+    return engine.asarray(value) if isinstance(value, np.ndarray) else value
+
+
+def widened(value):
+    if isinstance(value, tuple):
+        return tuple(widened(part) for part in value)
+    return value.astype(np.float64) if isinstance(value, np.ndarray) and value.dtype.kind == "f" else value
+
+
+def flat(result):
+    return [np.asarray(part) for part in (result if isinstance(result, tuple) else (result,))]
+
+
+def compare(engine, op, *args, **kwargs):
+    """Assert the rule for one call, and that dtype, shape and inputs are what they should be."""
+    given = [on_device(engine, a) for a in args]
+    fast = getattr(engine, op)(*given, **{name: on_device(engine, a) for name, a in kwargs.items()})
+    fast = [engine.to_numpy(part) for part in (fast if isinstance(fast, tuple) else (fast,))]
+    for before, after in zip(args, given, strict=True):
+        if isinstance(before, np.ndarray):
+            np.testing.assert_array_equal(engine.to_numpy(after), before, f"{op} changed an input")
+    with np.errstate(all="ignore"):  # float16 overflows in x^3 where its limit is right
+        honest = flat(getattr(REFERENCE, op)(*args, **kwargs))
+        truth = flat(getattr(REFERENCE, op)(*map(widened, args), **kwargs))
+    dtype = next(a.dtype for a in args if isinstance(a, np.ndarray) and a.dtype.kind == "f") if op != "concat" else None
+    for f, h, t in zip(fast, honest, truth, strict=True):
+        assert f.dtype == (dtype or h.dtype)
+        assert f.shape == t.shape
+        assert_close(f, h, t, op)
+
+
+def assert_close(fast, honest, truth, what):
+    finite = np.isfinite(truth)
+    np.testing.assert_array_equal(np.isnan(fast), np.isnan(truth), f"{what}: NaN in other places")
+    np.testing.assert_array_equal(fast[~finite].astype(truth.dtype), truth[~finite], f"{what}: other infinities")
+    if not finite.any():
+        return
+    floor = np.finfo(fast.dtype).eps * max(np.abs(truth[finite]).max(), np.finfo(fast.dtype).tiny)
+    bound = 2 * np.abs(honest[finite].astype(np.float64) - truth[finite]).max() + floor
+    error = np.abs(fast[finite].astype(np.float64) - truth[finite]).max()
+    assert error <= bound, f"{what}: error {error:.3g} beyond {bound:.3g}"
+
+
+# --- ops ------------------------------------------------------------------------------------------------------------
+
+
+def normal(dtype, *shape, size=1.0, seed=0):
+    rng = np.random.default_rng([seed, *shape])
+    return (size * rng.standard_normal(shape)).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 7, 33), (1, 1, 1), (5, 300), (0, 4, 8), (3, 257)], ids=str)
+@pytest.mark.parametrize("op", ["gelu", "gelu_tanh", "silu", "relu"])
+def test_activation_is_accurate(engine, op, shape, dtype):
+    x = normal(dtype, *shape, size=4.0)
+    x.reshape(-1)[:1] = -300.0  # exp(300) overflows
+    compare(engine, op, x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gates_are_accurate(engine, dtype):
+    x = normal(dtype, 2, 5, 66, size=4.0)
+    compare(engine, "glu", x)
+    compare(engine, "swiglu", x[..., :33].copy(), x[..., 33:].copy())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gate_reads_the_parts_of_project(engine, dtype):
+    x, weight, bias = normal(dtype, 2, 5, 16), normal(dtype, 24, 16, size=0.25), normal(dtype, 24)
+    device = [engine.asarray(a) for a in (x, weight, bias)]
+    fast = engine.to_numpy(engine.swiglu(*engine.project(*device, (12, 12))))
+    honest = REFERENCE.swiglu(*REFERENCE.project(x, weight, bias, (12, 12)))
+    truth = REFERENCE.swiglu(*REFERENCE.project(*map(widened, (x, weight, bias)), (12, 12)))
+    assert_close(fast, honest, truth, "swiglu of project")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("other", [(2, 7, 33), (7, 33), (33,), (2, 1, 33), (1, 33)], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 0.5, -3.0])
+def test_add_is_accurate(engine, other, scale, dtype):
+    compare(engine, "add", normal(dtype, 2, 7, 33), normal(dtype, *other, seed=1), scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 31, 64, 300, 1030])
+def test_norms_are_accurate(engine, width, dtype):
+    x = normal(dtype, 2, 3, width, size=3.0) + np.asarray(2.0, dtype)
+    weight, bias = normal(dtype, width, seed=1), normal(dtype, width, seed=2)
+    compare(engine, "rms_norm", x, weight, 1e-5)
+    compare(engine, "batch_norm", x, bias, np.abs(weight), weight, bias, 1e-5)
+    compare(engine, "layer_norm", x, weight, bias, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_layer_norm_survives_a_large_mean(engine, dtype):
+    x = normal(dtype, 4, 100) + np.asarray(1e4, dtype)
+    compare(engine, "layer_norm", x, normal(dtype, 100), normal(dtype, 100), 1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "d_in", "d_out"), [((2, 5), 16, 24), ((1, 1), 1, 1), ((0, 3), 4, 6), ((7,), 33, 65)])
+def test_linear_is_accurate(engine, rows, d_in, d_out, dtype):
+    x, weight, bias = normal(dtype, *rows, d_in), normal(dtype, d_out, d_in), normal(dtype, d_out)
+    compare(engine, "linear", x, weight)
+    compare(engine, "linear", x, weight, bias)
+    if d_out > 3:
+        compare(engine, "project", x, weight, bias, (1, 2, d_out - 3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("length", "kernel", "stride"), [(9, 3, 1), (9, 3, 2), (8, 3, 2), (1, 3, 2), (5, 4, 3), (2, 1, 1)]
+)
+def test_conv1d_is_accurate(engine, length, kernel, stride, dtype):
+    x, weight = normal(dtype, 2, length, 6), normal(dtype, 5, kernel, 6, size=0.3)
+    compare(engine, "conv1d", x, weight, normal(dtype, 5), stride)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("length", "kernel"), [(9, 31), (40, 31), (5, 3), (1, 1), (6, 4)])
+def test_depthwise_conv_is_accurate(engine, length, kernel, dtype):
+    x, weight = normal(dtype, 2, length, 33), normal(dtype, kernel, 33, size=0.3)
+    compare(engine, "depthwise_conv", x, weight, normal(dtype, 33))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embedding_and_concat_copy(engine, dtype):
+    table, ids = normal(dtype, 11, 5), np.array([[0, 10, 3], [3, 3, 1]])
+    compare(engine, "embedding", table, ids)
+    compare(engine, "concat", (normal(dtype, 2, 1, 4), normal(dtype, 2, 3, 4)), 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("length", [1, 9])
+def test_rotary_is_accurate(engine, length, interleaved, dtype):
+    angles = np.random.default_rng(1).uniform(-3, 3, (length, 5))
+    cos, sin = np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
+    compare(engine, "rotary", normal(dtype, 2, 3, length, 10), cos, sin, interleaved)
+    heads = engine.split_heads(engine.asarray(normal(dtype, 2, length, 30)), 3)  # strided
+    turned = engine.to_numpy(engine.rotary(heads, engine.asarray(cos), engine.asarray(sin), interleaved))
+    honest = REFERENCE.rotary(REFERENCE.split_heads(normal(dtype, 2, length, 30), 3), cos, sin, interleaved)
+    np.testing.assert_allclose(turned, honest, atol=4 * np.finfo(dtype).eps * 4)
+
+
+# B, H, Hkv, Tq, Tk, D: ordinary, one position, GQA, fewer and more keys than queries, batch 0, off any grid
+SHAPES = [
+    (2, 3, 3, 5, 5, 8), (1, 2, 2, 1, 1, 4), (2, 4, 2, 7, 7, 6), (1, 2, 1, 6, 3, 5), (2, 2, 2, 3, 9, 7),
+    (0, 2, 2, 4, 4, 8), (1, 1, 1, 67, 67, 3), (1, 6, 2, 2, 35, 16),
+]  # fmt: skip
+
+
+def heads(dtype, shape, size=1.0):
+    batch, count, groups, q_len, k_len, width = shape
+    q = normal(dtype, batch, count, q_len, width, size=size)
+    return q, normal(dtype, batch, groups, k_len, width, seed=1), normal(dtype, batch, groups, k_len, width, seed=2)
+
+
+def some_mask(shape, seed=0):
+    batch, count, _, q_len, k_len, _ = shape
+    mask = np.random.default_rng(seed).random((batch, count, q_len, k_len)) < 0.7
+    mask[:, :, :1, :] = False  # a query that sees nothing
+    return mask
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention_is_accurate(engine, shape, causal, masked, dtype, monkeypatch):
+    monkeypatch.setattr(cupy_engine, "CAUSAL_ROWS", 16)
+    q, k, v = heads(dtype, shape)
+    mask = some_mask(shape) if masked else None
+    compare(engine, "attention", q, k, v, None, causal, mask)
+    compare(engine, "scores", q, k, 0.3, causal, mask)
+    scores = REFERENCE.scores(q, k, 0.3, causal, mask)
+    compare(engine, "softmax", scores, causal)
+    compare(engine, "weighted_sum", REFERENCE.softmax(scores, causal), v, causal)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(("rows", "scratch"), [(4, 64 << 20), (128, 400), (3, 5000)])
+def test_attention_is_the_same_in_every_blocking(engine, rows, scratch, causal, dtype, monkeypatch):
+    monkeypatch.setattr(cupy_engine, "BLOCK_ROWS", rows)
+    monkeypatch.setattr(cupy_engine, "SCRATCH_BYTES", scratch)
+    for shape in [(2, 4, 2, 13, 13, 6), (3, 2, 2, 9, 4, 5)]:
+        compare(engine, "attention", *heads(dtype, shape), None, causal, some_mask(shape))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("scratch", [64 << 20, 900])
+@pytest.mark.parametrize(("length", "groups"), [(1, 4), (2, 4), (13, 4), (13, 2)])
+def test_relative_attention_is_accurate(engine, length, groups, scratch, causal, dtype, monkeypatch):
+    monkeypatch.setattr(cupy_engine, "SCRATCH_BYTES", scratch)
+    shape = (2, 4, groups, length, length, 6)
+    q, k, v = heads(dtype, shape)
+    q_position, p = normal(dtype, 2, 4, length, 6, seed=3), normal(dtype, 4, 2 * length - 1, 6, seed=4)
+    for mask in (None, some_mask(shape)):
+        compare(engine, "relative_attention", q, q_position, k, v, p, 0.4, causal, mask)
+    scores = REFERENCE.scores(q, k, 0.4, causal)
+    compare(engine, "add_relative", scores, REFERENCE.scores(q_position, p[None], 0.4))
+    compare(engine, "scores", q_position, p[None], 0.4)  # keys of one batch for all
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_weighted_sum_ignores_hidden_weights(engine, causal, dtype, monkeypatch):
+    monkeypatch.setattr(cupy_engine, "CAUSAL_ROWS", 4)
+    weights = np.abs(normal(dtype, 2, 4, 11, 14))  # not zero where hidden
+    compare(engine, "weighted_sum", weights, normal(dtype, 2, 2, 14, 5), causal)
+    compare(engine, "softmax", weights, causal)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_softmax_takes_large_and_shifted_logits(engine, dtype):
+    scores = normal(dtype, 1, 3, 4, 300, size=40.0)
+    scores[:, 1] -= 200  # a head far from the others
+    scores[:, 2, 0] = -np.inf  # a row that sees nothing
+    compare(engine, "softmax", scores)
+    q, k, v = heads(dtype, (1, 2, 2, 9, 9, 8), size=30.0)
+    compare(engine, "attention", q, k, v, 1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_softmax_and_attention_read_strided_heads(engine, dtype):
+    x = engine.asarray(normal(dtype, 2, 7, 36))
+    q, k, v = (engine.split_heads(part, 3) for part in (x[..., :12], x[..., 12:24], x[..., 24:]))
+    fast = engine.to_numpy(engine.merge_heads(engine.attention(q, k, v)))
+    host = normal(dtype, 2, 7, 36)
+    parts = [REFERENCE.split_heads(host[..., i : i + 12], 3) for i in (0, 12, 24)]
+    honest = REFERENCE.merge_heads(REFERENCE.attention(*parts))
+    truth = REFERENCE.merge_heads(REFERENCE.attention(*map(widened, parts)))
+    assert_close(fast, honest, truth, "attention of views")
+    scores = engine.asarray(normal(dtype, 2, 4, 5, 5))
+    some = engine.to_numpy(engine.softmax(scores[:, 1:3], causal=True))
+    np.testing.assert_array_equal(some, engine.to_numpy(engine.softmax(scores, causal=True))[:, 1:3])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_reaches_the_output(engine, dtype):
+    q, k, v = heads(dtype, (1, 2, 2, 5, 5, 4))
+    q[0, 1, 2, 0] = np.nan
+    compare(engine, "attention", q, k, v)
+    scores = normal(dtype, 1, 2, 3, 40)
+    scores[0, 0, 1, 7] = np.nan
+    scores[0, 1, 2, :] = np.nan
+    compare(engine, "softmax", scores)
+    x = normal(dtype, 3, 8)
+    x[1, 2] = np.nan
+    for op in ("gelu", "gelu_tanh", "silu", "relu", "glu"):
+        compare(engine, op, x)
+    compare(engine, "layer_norm", x, x[0], x[2], 1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_attention_without_keys_is_zero(engine, causal):
+    q, k, v = heads("float32", (1, 2, 2, 3, 0, 4))
+    out = engine.to_numpy(engine.attention(*(engine.asarray(a) for a in (q, k, v)), causal=causal))
+    np.testing.assert_array_equal(out, np.zeros((1, 2, 3, 4), np.float32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_causal_output_ignores_the_future(engine, dtype, monkeypatch):
+    monkeypatch.setattr(cupy_engine, "SCRATCH_BYTES", 600)
+    q, k, v = heads(dtype, (1, 2, 2, 12, 12, 4))
+    later_k, later_v = k.copy(), v.copy()
+    later_k[:, :, 7:], later_v[:, :, 7:] = 5, -9
+
+    def first_rows(k, v):
+        arrays = [engine.asarray(a) for a in (q, k, v)]
+        fused = engine.attention(*arrays, causal=True)
+        scores = engine.softmax(engine.scores(*arrays[:2], 0.5, causal=True), causal=True)
+        return [engine.to_numpy(x)[:, :, :7] for x in (fused, engine.weighted_sum(scores, arrays[2], causal=True))]
+
+    for before, after in zip(first_rows(k, v), first_rows(later_k, later_v), strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+def test_merge_heads_after_attention_is_a_view(engine):
+    q, k, v = (engine.asarray(a) for a in heads("float32", (2, 4, 4, 3, 3, 2)))
+    for heads_out in (engine.attention(q, k, v), engine.weighted_sum(engine.softmax(engine.scores(q, k, 1.0)), v)):
+        assert heads_out.shape == (2, 4, 3, 2)
+        assert engine.merge_heads(heads_out).data.ptr == heads_out.data.ptr
+
+
+@pytest.mark.parametrize(
+    ("op", "shapes"),
+    [
+        ("linear", [(2, 3), (4, 5)]),
+        ("layer_norm", [(2, 3), (4,), (3,), 1e-5]),
+        ("swiglu", [(2, 3), (2, 4)]),
+        ("depthwise_conv", [(1, 2, 3), (3, 4), (3,)]),
+        ("conv1d", [(1, 2, 3), (2, 3, 4), (2,), 1]),
+        ("add_relative", [(1, 1, 3, 3), (1, 1, 3, 4)]),
+        ("scores", [(1, 1, 3, 3), (1, 1, 3, 4), 1.0]),
+    ],
+)
+def test_wrong_shapes_are_refused(engine, op, shapes):
+    args = [engine.asarray(normal("float32", *s)) if isinstance(s, tuple) else s for s in shapes]
+    with pytest.raises(ShapeError):
+        getattr(engine, op)(*args)
+
+
+def test_wrong_dtypes_are_refused(engine):
+    x = engine.asarray(normal("float32", 2, 3))
+    with pytest.raises(ShapeError, match="float64"):
+        engine.layer_norm(x, *(engine.asarray(normal("float64", 3)) for _ in range(2)), 1e-5)
+    with pytest.raises(ShapeError, match="float16"):
+        engine.linear(x, engine.asarray(normal("float16", 4, 3)))
+    with pytest.raises(UnsupportedError, match="int64"):
+        engine.relu(engine.asarray(np.ones((2, 3), np.int64)))
+
+
+# --- memory and time ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fused_ops_stay_within_the_scratch(emulated, dtype, monkeypatch):
+    monkeypatch.setattr(cupy_engine, "SCRATCH_BYTES", 40_000)
+    xp = emulated.xp
+    q, k, v = (emulated.asarray(a) for a in heads(dtype, (2, 2, 2, 200, 200, 1)))
+    p = emulated.asarray(normal(dtype, 2, 399, 1))
+    assert 2 * 2 * 200 * 200 * k.dtype.itemsize > 6 * 40_000
+    for causal in (False, True):
+        xp.allocated.clear()
+        emulated.attention(q, k, v, causal=causal)
+        assert max(xp.allocated) <= 40_000
+        xp.allocated.clear()
+        emulated.relative_attention(q, q, k, v, p, 1.0, causal)
+        assert max(xp.allocated) <= 40_000
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("relative", [False, True])
+def test_fused_ops_fit_where_the_map_does_not(gpu, relative):
+    length, width = 8192, 64
+    q, k, v = (gpu.asarray(a) for a in heads("float32", (1, 8, 8, length, length, width)))  # the map is 2 GiB
+    p = gpu.asarray(normal("float32", 8, 2 * length - 1, width))
+    gpu.attention(q[:, :, :8], k, v)  # cuBLAS takes its workspace
+    gpu.synchronize()
+    pool = gpu.xp.get_default_memory_pool()
+    pool.free_all_blocks()
+    used = pool.total_bytes()
+    pool.set_limit(size=used + (256 << 20))
+    try:
+        out = gpu.relative_attention(q, q, k, v, p, 0.125) if relative else gpu.attention(q, k, v)
+        assert np.isfinite(gpu.to_numpy(out)).all()
+    finally:
+        pool.set_limit(size=0)
+
+
+@pytest.mark.gpu
+def test_events_measure_the_device(gpu):
+    x = gpu.asarray(normal("float32", 4096, 4096))
+    gpu.linear(x, x)
+    gpu.synchronize()
+    began, start = time.perf_counter(), gpu.mark()
+    for _ in range(10):
+        gpu.linear(x, x)
+    queued, stop = time.perf_counter() - began, gpu.mark()
+    seconds = gpu.elapsed_s(start, stop)
+    waited = time.perf_counter() - began
+    assert 0 < seconds <= waited
+    assert queued < waited  # the calls returned before the device was done
+    assert 10 * 2 * 4096**3 / seconds < 2e15  # FLOP/s: no machine does that in float32
+
+
+def test_services(engine):
+    start = engine.mark()
+    stop = engine.mark()
+    assert engine.elapsed_s(start, stop) >= 0
+    assert engine.free_bytes() > 0
+    assert engine.device_name()
+    engine.synchronize()
+    x = normal("float32", 2, 3, 8)
+    back = engine.to_numpy(engine.merge_heads(engine.split_heads(engine.asarray(x), 4)))
+    np.testing.assert_array_equal(back, x)
+    assert type(back) is np.ndarray
+
+
+# --- whole passes ---------------------------------------------------------------------------------------------------
+
+SIZES = {"layers": 4, "d_model": 24, "heads": 4, "d_ff": 40}
+CONFIGS = {
+    "post-norm": ModelConfig(
+        name="bert", recipe="post-norm", **SIZES, vocab=17, token_types=2, position="learned", max_positions=12,
+        embedding_norm=True, final_norm=False,
+    ),
+    "pre-norm": ModelConfig(
+        name="whisper", recipe="pre-norm", **SIZES, stem="frames", features=5, strides=(1, 2), position="sinusoidal",
+        max_positions=12,
+    ),
+    "llama": ModelConfig(
+        name="llama", recipe="pre-norm", **SIZES, kv_heads=2, gated=True, norm="rms", bias=False, causal=True, vocab=17,
+        position="rotary", head=True,
+    ),
+    "vit": ModelConfig(
+        name="vit", recipe="pre-norm", **SIZES, activation="gelu_tanh", stem="patches", features=6, position="learned",
+        max_positions=12,
+    ),
+    "conformer": ModelConfig(
+        name="conformer", recipe="conformer", **SIZES, activation="silu", stem="frames", features=5, strides=(2,),
+        position="relative", conv_kernel=5,
+    ),
+}  # fmt: skip
+METHODS = [
+    ("dense", {}), ("flash", {}), ("reuse", {"group": 2}), ("reuse", {"group": 4, "heads": 3}),
+    ("reuse", {"group": 2, "heads": 1, "share": "scores", "head_order": "keep"}),
+]  # fmt: skip
+
+
+def inputs_for(config):
+    rng = np.random.default_rng(7)
+    if config.stem == "tokens":
+        return rng.integers(0, config.vocab, (2, 9))
+    return rng.standard_normal((2, config.stem_length(9), config.features), dtype=np.float32)
+
+
+def in_float64(node):
+    if isinstance(node, list):
+        return [in_float64(child) for child in node]
+    if isinstance(node, Weights):
+        return Weights(**{name: in_float64(child) for name, child in vars(node).items()})
+    return node.astype(np.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [None, True], ids=["own", "causal"])
+@pytest.mark.parametrize(("method", "params"), METHODS, ids=str)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_forward_is_accurate(engine, config, method, params, causal, dtype):
+    if params.get("heads") and config.kv_heads != config.heads:
+        params = {"group": 2, "share": "scores"}
+    model = refimpl.load_model(config, dtype=dtype)
+    inputs = inputs_for(config)
+    inputs = inputs if config.stem == "tokens" else inputs.astype(dtype)
+    fast = refimpl.forward(model, inputs, method, params, engine, causal=causal)
+    honest = refimpl.forward(model, inputs, method, params, causal=causal)
+    exact = replace(model, weights=in_float64(model.weights))
+    truth = refimpl.forward(exact, inputs, method, params, causal=causal)
+    assert fast.output.dtype == dtype
+    assert_close(fast.output, honest.output, truth.output, f"{config.name} {method}")
+    assert [(c.component, c.op, c.sizes) for c in fast.calls] == [(c.component, c.op, c.sizes) for c in honest.calls]
+
+
+# --- without a device -----------------------------------------------------------------------------------------------
+
+
+def one_line_error():
+    with pytest.raises(MissingDependencyError) as caught:
+        refimpl.engine("cupy")
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def fake_cupy(**runtime):
+    cuda = types.SimpleNamespace(runtime=types.SimpleNamespace(**runtime))
+    return types.SimpleNamespace(cuda=cuda)
+
+
+def test_cupy_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    assert one_line_error() == (
+        "CuPy is not installed: pip install 'effref[gpu]' (CUDA 12) or cupy-cuda13x (CUDA 13), and an NVIDIA GPU with "
+        "its driver is needed"
+    )
+
+
+def test_cupy_without_a_driver(monkeypatch):
+    def fails():
+        raise RuntimeError("cudaErrorInsufficientDriver: CUDA driver version\nis insufficient")
+
+    monkeypatch.setitem(sys.modules, "cupy", fake_cupy(getDeviceCount=fails))
+    message = one_line_error()
+    assert message.startswith("CuPy finds no NVIDIA GPU: ")
+    assert "cudaErrorInsufficientDriver: CUDA driver version is insufficient" in message
+
+
+def test_cupy_without_a_device(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", fake_cupy(getDeviceCount=lambda: 0))
+    assert one_line_error().startswith("CuPy finds no NVIDIA GPU: ")
+
+
+def test_cupy_without_cublas(monkeypatch):
+    class Cuda:
+        runtime = types.SimpleNamespace(getDeviceCount=lambda: 1)
+
+        @property
+        def cublas(self):
+            raise ImportError("libcublas.so.12: cannot open\nshared object file")
+
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=Cuda()))
+    message = one_line_error()
+    assert "install the CUDA toolkit" in message
+    assert "libcublas.so.12" in message
+
+
+def test_cupy_broken(monkeypatch, tmp_path):
+    (tmp_path / "cupy.py").write_text("raise ImportError('CuPy failed to load\\n\\nlibnvrtc.so.12')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    assert one_line_error() == "CuPy cannot be loaded: CuPy failed to load libnvrtc.so.12"
+
+
+def test_importing_refimpl_imports_no_cupy():
+    code = "import sys, refimpl, refimpl.engines.cupy_engine; sys.exit('cupy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- launch shapes, strides and blocks ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [0, 1, 31, 32, 33, 64, 255, 256, 257, 100_000])
+def test_row_threads_is_a_power_of_two_that_covers(width):
+    threads = cupy_kernels.row_threads(width)
+    assert threads & (threads - 1) == 0
+    assert 32 <= threads <= cupy_kernels.THREADS
+    assert threads >= min(width, cupy_kernels.THREADS)
+    assert threads < 2 * max(width, 32)
+
+
+@pytest.mark.parametrize("width", [1, 40, 64, 700])
+@pytest.mark.parametrize("rows", [0, 1, 7, 8, 9, 1000])
+def test_rows_by_columns_covers_every_row(rows, width):
+    (grid,), (across, down) = cupy_kernels.rows_by_columns(rows, width)
+    assert across * down == cupy_kernels.THREADS
+    assert grid * down >= rows
+    assert (grid - 1) * down < rows or rows == 0 == grid
+
+
+def element_strides(x):
+    return tuple(s // x.itemsize for s in x.strides)
+
+
+def test_row_stride_finds_evenly_spaced_rows():
+    x = np.zeros((3, 4, 10))
+    assert cupy_engine.row_stride(x.shape, element_strides(x)) == 10
+    part = x[..., 2:5]
+    assert cupy_engine.row_stride(part.shape, element_strides(part)) == 10
+    assert cupy_engine.row_stride((7,), (1,)) == 7
+    for uneven in (x[:, :2], x[..., ::2], x.transpose(1, 0, 2)):
+        assert cupy_engine.row_stride(uneven.shape, element_strides(uneven)) is None
+    assert cupy_engine.row_stride(x[:1, :2].shape, element_strides(x)) == 10
+
+
+@pytest.mark.parametrize("most", [65_535, 2])
+@pytest.mark.parametrize(
+    ("batch", "strides"),
+    [
+        ((), [(), (), ()]),
+        ((2, 3, 1), [(60, 20, 20), (60, 20, 0), (60, 20, 20)]),  # contiguous: one call
+        ((2, 3, 4), [(240, 80, 20), (60, 20, 0), (240, 80, 20)]),  # grouped queries
+        ((2, 3, 1), [(60, 4, 4), (60, 4, 4), (60, 20, 20)]),  # heads of (B, T, H D)
+        ((5, 1, 1), [(7, 9, 9), (0, 0, 0), (3, 1, 1)]),  # keys of one batch for all
+    ],
+)
+def test_product_calls_visit_every_product_once(batch, strides, most):
+    wanted = sorted(
+        tuple(sum(i * s for i, s in zip(index, step, strict=True)) for step in strides) for index in np.ndindex(*batch)
+    )
+    found = []
+    for count, steps, offsets in cupy_engine.product_calls(batch, strides, most):
+        assert 0 < count <= most
+        found += [tuple(o + i * s for o, s in zip(offsets, steps, strict=True)) for i in range(count)]
+    assert sorted(found) == wanted
+
+
+def test_product_calls_merge_what_is_contiguous():
+    (call,) = cupy_engine.product_calls((2, 3, 4), [(12, 4, 1)] * 3)
+    assert call == (24, (1, 1, 1), (0, 0, 0))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("q_len", "k_len"), [(1, 1), (7, 7), (9, 4), (4, 9), (0, 3), (5, 0)])
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_query_blocks_cover_the_rows_that_see(q_len, k_len, size, causal):
+    seen_by = {}
+    for rows, seen in cupy_engine.query_blocks(q_len, k_len, size, causal):
+        assert 0 < rows.stop - rows.start <= size
+        for i in range(rows.start, rows.stop):
+            seen_by[i] = seen
+            assert seen >= (i + 1 + k_len - q_len if causal else k_len)
+        assert seen <= k_len
+    first = max(0, q_len - k_len) if causal else 0
+    assert list(seen_by) == list(range(first, q_len))
+
+
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("batch", "groups", "per_group", "length"),
+    [(1, 16, 1, 1000), (64, 12, 1, 128), (8, 8, 4, 4096), (1, 32, 1, 100_000), (2, 3, 2, 5), (1, 1, 1, 1)],
+)
+def test_blocks_fit_the_scratch_and_cover_every_map(batch, groups, per_group, length, dtype, relative):
+    row_bytes = cupy_engine.map_row_bytes(length, dtype, relative)
+    met = np.zeros((batch, groups, per_group), int)
+    for b, g, h in cupy_engine.head_blocks(batch, groups, per_group, length, row_bytes):
+        assert (h.start, h.stop) == (g.start * per_group, g.stop * per_group)
+        met[b, g] += 1
+        maps = (b.stop - b.start) * (h.stop - h.start)
+        rows = cupy_engine.rows_that_fit(maps, length, row_bytes)
+        assert 1 <= rows <= length
+        assert maps * rows * row_bytes <= cupy_engine.SCRATCH_BYTES
+    assert (met == 1).all()
+
+
+def test_kernel_arguments_are_eight_bytes_wide():
+    for value, dtype in ((3, np.int64), (True, np.int64), (0.5, np.float64)):
+        assert cupy_engine.kernel_argument(value).dtype == dtype
+    array = np.zeros(2)
+    assert cupy_engine.kernel_argument(array) is array
+
+
+# --- the sources ----------------------------------------------------------------------------------------------------
+
+
+def ptx(dtype):
+    """The kernels of one dtype compiled for sm_75 by nvcc or NVRTC, whichever is here."""
+    if shutil.which("nvcc"):
+        return _ptx_by_nvcc(dtype)
+    return _ptx_by_nvrtc(dtype)
+
+
+def _ptx_by_nvcc(dtype):
+    kept = "\n".join(
+        f"template __global__ void {name}({', '.join(_parameters(name))});" for name in cupy_kernels.instances(dtype)
+    )
+    done = subprocess.run(
+        ["nvcc", "-std=c++17", "-arch=compute_75", "-ptx", "-x", "cu", "-", "-o", "/dev/stdout"],
+        input=cupy_kernels.SOURCE + kept, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def _parameters(name):
+    """The parameter types of an instance, read from its declaration."""
+    step, given = re.fullmatch(r"(\w+)<(.*)>", name).groups()
+    types_, declared = re.search(
+        rf"template <([^>]*)>\s*__global__ void {step}\(([^)]*)\)", cupy_kernels.SOURCE
+    ).groups()
+    values = dict(zip(re.findall(r"typename (\w)", types_), given.split(", "), strict=True))
+    kinds = [parameter.strip().rsplit(" ", 1)[0] for parameter in declared.split(",")]
+    return [re.sub(r"\b[TSF]\b", lambda m: values[m[0]], kind) for kind in kinds]
+
+
+def _ptx_by_nvrtc(dtype):
+    nvrtc = pytest.importorskip("cupy.cuda.nvrtc", reason="neither nvcc nor NVRTC to compile the kernels")
+    import nvidia.cuda_runtime
+
+    include = Path(next(iter(nvidia.cuda_runtime.__path__))) / "include"
+    program = nvrtc.createProgram(cupy_kernels.SOURCE, "kernels.cu", (), ())
+    for name in cupy_kernels.instances(dtype):
+        nvrtc.addNameExpression(program, name)
+    nvrtc.compileProgram(program, ("--std=c++17", "-arch=compute_75", f"-I{include}"))
+    text = nvrtc.getPTX(program)
+    return text.decode() if isinstance(text, bytes) else text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sources_compile_for_the_device(dtype):
+    text = ptx(dtype)
+    assert len(re.findall(r"\.entry", text)) == len(cupy_kernels.instances(dtype))
+    wide = re.findall(r"\b(?:add|sub|mul|fma|div|sqrt)\.(?:rn\.)?f64", text)
+    assert bool(wide) == (dtype == "float64"), "float32 and float16 must not compute in double"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels_need_few_registers_and_no_spills(dtype, tmp_path):
+    if not shutil.which("ptxas"):
+        pytest.skip("no ptxas to assemble the kernels")
+    (tmp_path / "kernels.ptx").write_text(ptx(dtype))
+    done = subprocess.run(
+        ["ptxas", "-v", "-arch=sm_75", "kernels.ptx", "-o", "kernels.cubin"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not [n for n in re.findall(r"(\d+) bytes spill", done.stderr) if n != "0"]
+    assert max(map(int, re.findall(r"Used (\d+) registers", done.stderr))) * cupy_kernels.THREADS <= 65_536
+    assert max(map(int, re.findall(r"(\d+) bytes smem", done.stderr))) <= 48 << 10
