@@ -19,7 +19,8 @@ from costmodel.closed_form import estimate
 from costmodel.fit import Pass, Sample, fit
 from costmodel.hardware import Hardware
 from refimpl.config import DTYPES, ModelConfig, Workload
-from refimpl.engines import ENGINES, engine as get_engine
+from refimpl.engines import ENGINES
+from refimpl.engines import engine as get_engine
 from refimpl.inputs import random_inputs
 from refimpl.model import Runner
 from refimpl.weights import load_model

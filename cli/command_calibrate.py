@@ -13,10 +13,12 @@ from .progress import Progress
 from .request import device_and_engine
 
 
-@click.command("calibrate")
+@click.command("calibrate", short_help="Fit the profile of this machine.")
 @options.engine_options
 @options.dtype_option
-@click.option("--seconds", type=click.FloatRange(0, min_open=True), metavar="S", help="Time to measure; more is steadier.")
+@click.option(
+    "--seconds", type=click.FloatRange(0, min_open=True), metavar="S", help="Time to measure; more is steadier."
+)
 @options.output_options("table", "json", "md")
 def command(
     device: str | None, engine: str | None, threads: int | None, dtype: str, seconds: float | None, form: str | None,

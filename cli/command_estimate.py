@@ -7,14 +7,14 @@ from typing import Any
 
 import click
 
-from . import options, render
-from .estimation import estimated
+from . import machines, options, render
+from .estimation import default_device, estimated
 from .output import Target
 from .progress import Progress
 from .request import resolve
 
 
-@click.command("estimate")
+@click.command("estimate", short_help="Predicted cost; no kernel is run.")
 @options.shape_options
 @options.method_options
 @options.engine_options
@@ -35,8 +35,10 @@ def command(
     """
     target = Target.of(form, path, plot)
     progress = Progress.on_stderr(quiet)
+    named = machines.find(hardware)
+    given["device"] = given["device"] or default_device(named, given["engine"])
     request = resolve(**options.request_options(given))
-    document = estimated(request, hardware, progress)
+    document = estimated(request, named or hardware, progress)
     if target.needs_context:
         from .context import context
 

@@ -12,7 +12,7 @@ from .output import Target
 from .progress import Progress
 
 
-@click.command("explain")
+@click.command("explain", short_help="A method's equation and cost formulas.")
 @click.option("--method", required=True, metavar="NAME", help="See 'effref list methods'.")
 @options.set_option
 @click.option("--model", metavar="NAME|FOLDER|FILE", help="Decides positions, key heads, biases and mask.")

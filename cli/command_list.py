@@ -11,7 +11,7 @@ from .output import Target
 from .progress import Progress
 
 
-@click.command("list")
+@click.command("list", short_help="Methods, models, hardware, components.")
 @click.argument("kind", type=click.Choice(tuple(listing.KINDS)), required=False)
 @options.output_options("table", "json", "md")
 def command(kind: str | None, form: str | None, path: Path | None, quiet: bool) -> None:

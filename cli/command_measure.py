@@ -16,16 +16,27 @@ from .request import resolve
 GATE_FAILED, INTERRUPTED = 1, 130
 
 
-@click.command("measure")
+@click.command("measure", short_help="Measured beside predicted time.")
 @options.shape_options
 @options.method_options
-@click.option("--input", "input_file", type=click.Path(path_type=Path), metavar="FILE", help="Run on .txt, .wav or .npy.  [seeded random]")
+@click.option(
+    "--input",
+    "input_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Run on .txt, .wav or .npy.  [seeded random]",
+)
 @options.engine_options
 @options.hardware_option
 @options.timing_options
 @options.output_options("table", "json", "csv", "md")
 @options.plot_option
-@click.option("--fail-above", type=click.FloatRange(0), metavar="PERCENT", help="Exit with 1 when the median absolute error of components is larger.")
+@click.option(
+    "--fail-above",
+    type=click.FloatRange(0),
+    metavar="PERCENT",
+    help="Exit with 1 when the median absolute error of components is larger.",
+)
 def command(
     baseline: str | None, hardware: str | None, form: str | None, path: Path | None, plot: Path | None, quiet: bool,
     input_file: Path | None, fail_above: float | None, repeats: int, warmup: int, max_seconds: float, seed: int,
@@ -62,6 +73,7 @@ def _gate(document: dict[str, Any], fail_above: float | None) -> int:
     if fail_above is None or error is None or 100 * error <= fail_above:
         return 0
     print(
-        f"effref: the median absolute error of components is {100 * error:.1f} %, above {fail_above:g} %", file=sys.stderr
+        f"effref: the median absolute error of components is {100 * error:.1f} %, above {fail_above:g} %",
+        file=sys.stderr,
     )
     return GATE_FAILED

@@ -11,7 +11,7 @@ from .output import Target
 from .progress import Progress
 
 
-@click.group("models", invoke_without_command=True)
+@click.group("models", short_help="Pretrained models: list and fetch.", invoke_without_command=True)
 @click.pass_context
 def command(ctx: click.Context) -> None:
     """Pretrained models: what can be fetched, and fetching it.

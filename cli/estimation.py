@@ -66,15 +66,21 @@ def estimate(
     >>> import effref
     >>> result = effref.estimate(seq=4096, method="reuse", hardware="xeon-8480")
     >>> result["results"][0]["total"]["matmul_flops"]
-    1035463720960
+    611408805888
     """
     from .context import context
 
+    named = machines.find(hardware)
     request = resolve(
         model, seq, method, params, overrides=overrides, batch=batch, dtype=dtype, phase=phase, causal=causal,
-        device=device, engine=engine, threads=threads,
+        device=device or default_device(named, engine), engine=engine, threads=threads,
     )  # fmt: skip
-    return {**estimated(request, hardware, Progress()), "context": context(request.threads)}
+    return {**estimated(request, named or hardware, Progress()), "context": context(request.threads)}
+
+
+def default_device(named: Hardware | None, engine: str | None) -> str | None:
+    """The kind of the hardware that is named, where neither device nor engine is."""
+    return named.kind if named and engine is None else None
 
 
 def estimated(request: Request, hardware: str | Hardware | None, progress: Progress) -> dict[str, Any]:

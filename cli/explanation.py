@@ -49,7 +49,9 @@ class Layer:
 
         b = sympy.Symbol("b", integer=True, positive=True)
         return {
-            component: {name: sympy.factor(row[name] / b) if name.startswith("bytes") else row[name] for name in FIGURES}
+            component: {
+                name: sympy.factor(row[name] / b) if name.startswith("bytes") else row[name] for name in FIGURES
+            }
             for component, row in self.formulas.items()
         }
 
@@ -84,7 +86,13 @@ class Explanation:
     @property
     def symbols(self) -> dict[str, str]:
         """The letters that occur, and D where it is d / H."""
-        used = {str(s) for layer in self.layers for row in layer.formulas.values() for e in row.values() for s in e.free_symbols}
+        used = {
+            str(s)
+            for layer in self.layers
+            for row in layer.formulas.values()
+            for e in row.values()
+            for s in e.free_symbols
+        }
         return {letter: meaning for letter, meaning in SYMBOLS.items() if letter in used}
 
     def as_dict(self) -> dict[str, Any]:
@@ -151,7 +159,9 @@ def explain(
     T, B = sympy.symbols("T B", integer=True, positive=True)
     program = COSTS[name][0](Setting(_in_symbols(config), B, T, int(masked)), chosen)
     counts = _counts(config, chosen)
-    layers = [Layer(kind, counts[kind], _formulas(ops, config)) for kind, ops in _kinds(program).items() if counts[kind]]
+    layers = [
+        Layer(kind, counts[kind], _formulas(ops, config)) for kind, ops in _kinds(program).items() if counts[kind]
+    ]
     return Explanation(name, config, masked, dict(params or {}), layers)
 
 
@@ -186,7 +196,7 @@ def _formulas(ops: list[Op], config: ModelConfig) -> dict[str, dict[str, Any]]:
     b = sympy.Symbol("b", integer=True, positive=True)
     costs: dict[str, Cost] = {}
     for op in ops:
-        costs[op.component] = costs.get(op.component, Cost()) + op.cost(b)  # type: ignore[arg-type]
+        costs[op.component] = costs.get(op.component, Cost()) + op.cost(b)
     return {
         component: {name: _tidy(getattr(costs[component], name), config) for name in FIGURES}
         for component in COMPONENTS

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from costmodel.hardware import Hardware, MemoryLevel, load_hardware, presets
+from refimpl.engines import ENGINES
 from refimpl.errors import ConfigError
 
 from . import profiles
@@ -18,8 +19,21 @@ from .progress import Progress
 LOCAL = "local"
 _PRIVATE = ("L1D", "L2")  # cache levels that every core has for itself
 # A word of the machine's own name -> its preset; the first that occurs counts, the last is for all others.
-_CPUS = {"epyc": "epyc-9654", "ryzen": "ryzen-7840u", "amd": "epyc-9654", "snapdragon": "snapdragon-8-gen-3", "": "xeon-8480"}
-_GPUS = {"h200": "h200-sxm", "h100": "h100-sxm", "a100": "a100-sxm-80gb", "l4": "l4", "4090": "rtx-4090", "": "h100-sxm"}
+_CPUS = {
+    "epyc": "epyc-9654",
+    "ryzen": "ryzen-7840u",
+    "amd": "epyc-9654",
+    "snapdragon": "snapdragon-8-gen-3",
+    "": "xeon-8480",
+}
+_GPUS = {
+    "h200": "h200-sxm",
+    "h100": "h100-sxm",
+    "a100": "a100-sxm-80gb",
+    "l4": "l4",
+    "4090": "rtx-4090",
+    "": "h100-sxm",
+}
 
 
 def choose(given: str | Hardware | None, engine: str, threads: int, dtype: str, progress: Progress) -> Hardware:
@@ -28,12 +42,14 @@ def choose(given: str | Hardware | None, engine: str, threads: int, dtype: str, 
     Raises
     ------
     ConfigError
-        If there is no such hardware, or ``local`` is asked for and was never calibrated.
+        If there is no such hardware, it is of another kind than the engine's device, or ``local`` was never calibrated.
     """
-    if isinstance(given, Hardware):
-        return given
-    if given not in (None, LOCAL):
-        return load_hardware(str(given))
+    named = find(given)
+    if named:
+        device = ENGINES[engine][2]
+        if named.kind != device:
+            raise ConfigError(f"hardware '{named.name}' is a {named.kind}, not a {device}: give --device {named.kind}")
+        return named
     profile = profiles.load(engine, threads, dtype)
     if profile:
         return profile
@@ -50,6 +66,13 @@ def choose(given: str | Hardware | None, engine: str, threads: int, dtype: str, 
     return hardware
 
 
+def find(given: str | Hardware | None) -> Hardware | None:
+    """The hardware that is given by name or file; None for this machine."""
+    if given is None or given == LOCAL:
+        return None
+    return given if isinstance(given, Hardware) else load_hardware(given)
+
+
 def local(engine: str, threads: int, dtype: str, progress: Progress) -> Hardware:
     """This machine's profile, calibrated now where there is none."""
     return profiles.load(engine, threads, dtype) or calibrate(engine, threads, dtype, None, progress)
@@ -60,7 +83,7 @@ def calibrate(engine: str, threads: int, dtype: str, seconds: float | None, prog
     from . import calibration
 
     given = {} if seconds is None else {"seconds": seconds}
-    progress.stage(f"calibrating {engine}, {threads} threads, {dtype}: once, for about half a minute")
+    progress.stage(f"calibrating {engine}, {threads} threads, {dtype}: once, for a while")
     start = time.perf_counter()
     with limited(engine, threads):
         hardware = calibration.calibrate(engine, threads, dtype, progress=progress.advance, **given)
@@ -96,7 +119,7 @@ def _match(name: str, table: dict[str, str]) -> str:
 
 
 def scaled(hardware: Hardware, cores: int) -> Hardware:
-    """A CPU of which only `cores` work: their share of peaks, of cache bandwidth and of private caches; all of the DRAM."""
+    """A CPU of which only `cores` work: their share of peaks, cache bandwidth and private caches; all of the DRAM."""
     share = cores / hardware.cores
     if share >= 1:
         return hardware

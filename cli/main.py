@@ -48,6 +48,12 @@ class Effref(click.Group):
             raise click.UsageError(f"unknown command '{args[0]}': {hint}known: {', '.join(COMMANDS)}")
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # click would write an empty line
+            raise click.Abort from None
+
     def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
         given = list(sys.argv[1:] if args is None else args)
         sys.exit(_exit_code(lambda: super(Effref, self).main(given or ["--help"], "effref", standalone_mode=False)))
@@ -70,6 +76,11 @@ def _exit_code(run: Any) -> int:
         return 0
     except MemoryError:
         return _fail("memory ran out: lower --seq, --batch or the model's size, or take --method flash")
+    except Exception as error:
+        if sys.flags.dev_mode:
+            raise
+        shown = "'python -X dev -m effref ...' shows where; please report it"
+        return _fail(f"this is a bug in effref ({type(error).__name__}: {error}): {shown}")
 
 
 def _fail(message: str, code: int = UNSERVED) -> int:

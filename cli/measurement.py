@@ -141,7 +141,9 @@ class Source:
         """Length -> input of that length."""
         if self.path is None:
             return {
-                seq: Inputs(random_inputs(model.config, seq, request.batch, seed, request.dtype), model.config.stem, (), seq)
+                seq: Inputs(
+                    random_inputs(model.config, seq, request.batch, seed, request.dtype), model.config.stem, (), seq
+                )
                 for seq in request.lengths
             }
         found = [self._from_file(model, request, seq) for seq in ([None] if self.own_length else request.lengths)]
@@ -211,9 +213,10 @@ def _model(request: Request, source: Source, timing: Timing, progress: Progress)
 
 
 def _machine(hardware: str | Hardware | None, request: Request, progress: Progress) -> Hardware:
-    if hardware in (None, machines.LOCAL):
-        return machines.local(request.engine, request.threads, request.dtype, progress)
-    return machines.choose(hardware, request.engine, request.threads, request.dtype, progress)
+    named = machines.find(hardware)
+    if named:
+        return machines.choose(named, request.engine, request.threads, request.dtype, progress)
+    return machines.local(request.engine, request.threads, request.dtype, progress)
 
 
 # --- the passes -----------------------------------------------------------------------------------------------------

@@ -42,8 +42,12 @@ dtype_option = click.option(
 )
 
 shape_options = _group(
-    click.option("--model", metavar="NAME|FOLDER|FILE", help="Name, checkpoint folder or config.json.  [the method's own]"),
-    click.option("--seq", callback=_parsed(parse_lengths), metavar="LENGTHS", help="512,1024 or 2^9:2^13.  [256 to 2048]"),
+    click.option(
+        "--model", metavar="NAME|FOLDER|FILE", help="Name, checkpoint folder or config.json.  [the method's own]"
+    ),
+    click.option(
+        "--seq", callback=_parsed(parse_lengths), metavar="LENGTHS", help="512,1024 or 2^9:2^13.  [256 to 2048]"
+    ),
     click.option("--batch", type=POSITIVE, metavar="B", default=1, show_default=True, help="Sequences at once."),
     click.option("--phase", metavar="NAME", default="prefill", show_default=True, help="What one pass does."),
     click.option("--causal/--no-causal", default=None, help="Override the model's own mask."),
@@ -61,7 +65,10 @@ set_option = click.option(
 
 method_options = _group(
     click.option(
-        "--method", callback=_parsed(parse_names), metavar="NAMES", help="See 'effref list methods'.  [dense,flash,reuse]"
+        "--method",
+        callback=_parsed(parse_names),
+        metavar="NAMES",
+        help="See 'effref list methods'.  [dense,flash,reuse]",
     ),
     set_option,
     click.option("--baseline", type=click.Choice(("dense", "flash")), help="Show ratios to this one only.  [both]"),
@@ -78,13 +85,15 @@ hardware_option = click.option(
 )
 
 timing_options = _group(
-    click.option("--repeats", type=POSITIVE, metavar="N", default=5, show_default=True, help="Passes of each kind, at most."),
-    click.option("--warmup", type=click.IntRange(0), metavar="N", default=1, show_default=True, help="Passes before them."),
+    click.option("--repeats", type=POSITIVE, metavar="N", default=5, show_default=True, help="Passes, at most."),
+    click.option("--warmup", type=click.IntRange(0), metavar="N", default=1, show_default=True, help="Before them."),
     click.option(
         "--max-seconds", type=click.FloatRange(0, min_open=True), metavar="S", default=40.0, show_default=True,
         help="For all passes together; compilation and calibration come on top.",
     ),
-    click.option("--seed", type=click.IntRange(0), metavar="N", default=0, show_default=True, help="Of weights and inputs."),
+    click.option(
+        "--seed", type=click.IntRange(0), metavar="N", default=0, show_default=True, help="Of weights and inputs."
+    ),
 )  # fmt: skip
 
 quiet_option = click.option("--quiet", is_flag=True, help="Nothing on stderr but errors.")
@@ -93,7 +102,9 @@ quiet_option = click.option("--quiet", is_flag=True, help="Nothing on stderr but
 def output_options(*formats: str) -> Callable[[F], F]:
     """--format, --output and --quiet."""
     return _group(
-        click.option("--format", "form", type=click.Choice(formats), help="[table, or what the suffix of --output says]"),
+        click.option(
+            "--format", "form", type=click.Choice(formats), help="[table, or what the suffix of --output says]"
+        ),
         click.option("--output", "path", type=OUTPUT, metavar="FILE", help="Write there, whole or not at all."),
         quiet_option,
     )

@@ -12,6 +12,7 @@ import click
 from refimpl.errors import ConfigError
 
 from . import files, render
+from .layout import Block, as_markdown, as_text
 from .progress import Progress
 
 PLOTS = (".svg", ".png")
@@ -52,9 +53,7 @@ class Target:
         """Whether the machine's description is part of the form."""
         return self.form == "json"
 
-    def write(
-        self, document: Mapping[str, Any], blocks: Callable[[], Sequence[render.Block]], progress: Progress
-    ) -> None:
+    def write(self, document: Mapping[str, Any], blocks: Callable[[], Sequence[Block]], progress: Progress) -> None:
         """Write a result: raw for machines, as `blocks` for people, and as a plot where one is asked for."""
         forms = {"json": lambda: render.as_json(document), "csv": lambda: render.as_csv(document)}
         self.write_blocks(blocks, progress, **forms)
@@ -64,15 +63,11 @@ class Target:
             draw(document, self.plot)
             progress.line(f"wrote {self.plot}")
 
-    def write_blocks(
-        self, blocks: Callable[[], Sequence[render.Block]], progress: Progress, **raw: Callable[[], str]
-    ) -> None:
+    def write_blocks(self, blocks: Callable[[], Sequence[Block]], progress: Progress, **raw: Callable[[], str]) -> None:
         """Write `blocks` as table or Markdown, or the text that a raw form makes."""
         progress.done()
-        if self.form in raw:
-            text = raw[self.form]()
-        else:
-            text = (render.as_markdown if self.form == "md" else render.as_text)(blocks())
+        words = {"md": as_markdown, "table": as_text}
+        text = words[self.form](blocks()) if self.form in words else raw[self.form]()
         if self.path:
             files.write_text(self.path, text)
             progress.line(f"wrote {self.path}")

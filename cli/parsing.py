@@ -23,7 +23,9 @@ def parse_lengths(text: str) -> tuple[int, ...]:
 def _length(text: str, item: str) -> int:
     base, caret, exponent = text.strip().partition("^")
     parts = [base, exponent] if caret else [base]
-    if not all(part.isdecimal() and len(part) < 16 for part in parts) or (caret and (base != "2" or int(exponent) > 40)):
+    if not all(part.isdecimal() and len(part) < 16 for part in parts) or (
+        caret and (base != "2" or int(exponent) > 40)
+    ):
         raise ConfigError(
             f"length '{item.strip()}' is not a whole number of at least 1: give 512 or 512,1024 or 2^9:2^13"
         )

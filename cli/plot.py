@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from refimpl.components import COMPONENTS
 from refimpl.errors import MissingDependencyError
 
 from .files import whole
@@ -72,26 +73,34 @@ def describe(document: Mapping[str, Any]) -> str:
 
 def _title(document: Mapping[str, Any]) -> str:
     config, hardware = document["config"], document["hardware"]
-    return f"{config['model']['name']}, {config['dtype']}, batch {config['batch']}, {hardware['name']} ({hardware['level']})"
+    machine = f"{hardware['name']} ({hardware['level']})"
+    return f"{config['model']['name']}, {config['dtype']}, batch {config['batch']}, {machine}"
 
 
 def _colours(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
     """Component -> colour and hatch, in the order in which components run."""
-    names = list(dict.fromkeys(row["component"] for result in results for row in result["components"]))
-    return {
-        name: (COLOURS[place % len(COLOURS)], HATCHES[place // len(COLOURS)]) for place, name in enumerate(names)
-    }
+    used = {row["component"] for result in results for row in result["components"]}
+    names = [name for name in COMPONENTS if name in used]
+    return {name: (COLOURS[place % len(COLOURS)], HATCHES[place // len(COLOURS)]) for place, name in enumerate(names)}
 
 
 def _breakdown(axes: Any, results: Sequence[Mapping[str, Any]], colours: Mapping[str, Any], first: bool) -> None:
     """Stacked bars at one length: predicted (pale) and measured beside it, for each method."""
     measured = "measured_s" in results[0]["total"]
     unit, factor = unit_for(SECONDS, max(result["total"]["predicted_s"] for result in results))
-    width = 0.38 if measured else 0.7
+
+    def predicted(row: Mapping[str, Any]) -> float:
+        return float(row["predicted_s"] / factor)
+
+    def seen(row: Mapping[str, Any]) -> float:
+        return float((row["measured_s"]["median"] or 0.0) / factor)
+
     for place, result in enumerate(results):
-        _stack(axes, place - (0.2 if measured else 0), width, result, colours, lambda row: row["predicted_s"] / factor, 0.55)
         if measured:
-            _stack(axes, place + 0.2, width, result, colours, lambda row: (row["measured_s"]["median"] or 0) / factor, 1.0)
+            _stack(axes, place - 0.2, 0.38, result, colours, predicted, 0.55)
+            _stack(axes, place + 0.2, 0.38, result, colours, seen, 1.0)
+        else:
+            _stack(axes, place, 0.7, result, colours, predicted, 1.0)
     axes.set_xticks(range(len(results)), [result["method"] for result in results], rotation=30)
     axes.set_title(f"T = {results[0]['seq']}", fontsize=9)
     axes.set_ylabel(unit)
@@ -99,7 +108,9 @@ def _breakdown(axes: Any, results: Sequence[Mapping[str, Any]], colours: Mapping
         axes.set_xlabel("left predicted (pale), right measured" if measured else "predicted")
 
 
-def _stack(axes: Any, x: float, width: float, result: Mapping[str, Any], colours: Any, value: Any, alpha: float) -> None:
+def _stack(
+    axes: Any, x: float, width: float, result: Mapping[str, Any], colours: Any, value: Any, alpha: float
+) -> None:
     bottom = 0.0
     for row in result["components"]:
         colour, hatch = colours[row["component"]]
@@ -116,12 +127,16 @@ def _totals(axes: Any, results: Sequence[Mapping[str, Any]]) -> None:
         low, high = ([total[f"predicted_{end}_s"] for total in totals] for end in ("low", "high"))
         axes.fill_between(lengths, low, high, color=colour, alpha=0.15, linewidth=0)
         predicted = [total["predicted_s"] for total in totals]
-        axes.plot(lengths, predicted, color=colour, marker=marker, markersize=3, linewidth=1.2, label=f"{name}, predicted")
+        axes.plot(
+            lengths, predicted, color=colour, marker=marker, markersize=3, linewidth=1.2, label=f"{name}, predicted"
+        )
         if "measured_s" in totals[0]:
             medians = [total["measured_s"]["median"] for total in totals]
             axes.plot(lengths, medians, color=colour, marker=marker, linestyle="none", label=f"{name}, measured")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    lengths = sorted({result["seq"] for result in results})
+    axes.set_xticks(lengths, [str(length) for length in lengths], rotation=30)
     axes.set_xlabel("length T")
     axes.set_ylabel("s")
     axes.set_title("total", fontsize=9)
@@ -132,4 +147,6 @@ def _totals(axes: Any, results: Sequence[Mapping[str, Any]]) -> None:
 def _legend(colours: Mapping[str, tuple[str, str]]) -> list[Any]:
     from matplotlib.patches import Patch
 
-    return [Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=name) for name, (colour, hatch) in colours.items()]
+    return [
+        Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=name) for name, (colour, hatch) in colours.items()
+    ]

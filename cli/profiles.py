@@ -31,7 +31,7 @@ def load(engine: str, threads: int, dtype: str) -> Hardware | None:
     place = path(engine, threads, dtype)
     try:
         return Hardware.from_json(place.read_text("utf-8"), str(place))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{place}: cannot be read ({error}); run 'effref calibrate' again") from error

@@ -8,10 +8,10 @@ from __future__ import annotations
 import csv
 import io
 import json
-import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from .layout import Block, Row, Table
 
 if TYPE_CHECKING:
     from costmodel.hardware import Hardware
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 SUFFIXES = {".json": "json", ".csv": "csv", ".md": "md"}  # of --output, where --format is not given
 
-Row = Sequence[str]
 Unit = tuple[str, float]
 SECONDS: tuple[Unit, ...] = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
 FLOPS: tuple[Unit, ...] = (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))
@@ -29,99 +28,6 @@ FLOP_RATES: tuple[Unit, ...] = (("TFLOP/s", 1e12), ("GFLOP/s", 1e9))
 BYTE_RATES: tuple[Unit, ...] = (("TB/s", 1e12), ("GB/s", 1e9))
 CAPACITIES: tuple[Unit, ...] = (("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10))
 NONE = "-"
-WIDTH = 118  # columns that a table of words may take
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows under headers; the first `left` columns are words, the others numbers.
-
-    Attributes
-    ----------
-    groups : sequence of (str, int)
-        Labels above the headers, each over so many columns.
-    total : sequence of str
-        A last row, set apart.
-    """
-
-    title: str
-    headers: Row
-    rows: Sequence[Row]
-    total: Row = ()
-    groups: Sequence[tuple[str, int]] = ()
-    left: int = 1
-
-
-Block = Table | str
-
-
-# --- blocks to text -------------------------------------------------------------------------------------------------
-
-
-def as_text(blocks: Iterable[Block]) -> str:
-    """For a terminal."""
-    return "\n\n".join(block if isinstance(block, str) else _text(block) for block in blocks) + "\n"
-
-
-def as_markdown(blocks: Iterable[Block]) -> str:
-    """For a page."""
-    return "\n\n".join(block if isinstance(block, str) else _markdown(block) for block in blocks) + "\n"
-
-
-def _text(table: Table) -> str:
-    rows = _wrapped(table) if table.left == len(table.headers) and not table.total else table.rows
-    body = [*rows, table.total] if table.total else rows
-    widths = [max(map(len, column)) for column in zip(table.headers, *body, strict=True)]
-    first = 0
-    for label, span in table.groups:  # a label wider than its columns widens the last of them
-        own = sum(widths[first : first + span]) + 2 * (span - 1)
-        widths[first + span - 1] += max(len(label) - own, 0)
-        first += span
-
-    def line(cells: Row) -> str:
-        padded = [
-            cell.ljust(width) if column < table.left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return "  ".join(padded).rstrip()
-
-    rule = "  ".join("-" * width for width in widths)
-    lines = [table.title] if table.title else []
-    if table.groups:
-        lines.append(_group_line(table.groups, widths))
-    lines += [line(table.headers), rule, *map(line, rows)]
-    return "\n".join([*lines, rule, line(table.total)] if table.total else lines)
-
-
-def _wrapped(table: Table) -> list[Row]:
-    """Rows of words whose last column is broken where the table would be too wide."""
-    before = sum(max(map(len, cells)) + 2 for cells in list(zip(table.headers, *table.rows, strict=True))[:-1])
-    rows: list[Row] = []
-    for *first, last in table.rows:
-        parts = textwrap.wrap(last, max(WIDTH - before, 24)) or [""]
-        rows += [[*first, parts[0]], *([*[""] * len(first), part] for part in parts[1:])]
-    return rows
-
-
-def _group_line(groups: Sequence[tuple[str, int]], widths: Sequence[int]) -> str:
-    cells, first = [], 0
-    for label, span in groups:
-        own = sum(widths[first : first + span]) + 2 * (span - 1)
-        cells.append(f" {label} ".center(own, "-") if label and span > 1 else label.rjust(own))
-        first += span
-    return "  ".join(cells).rstrip()
-
-
-def _markdown(table: Table) -> str:
-    headers = list(table.headers)
-    labels = [label for label, span in table.groups for _ in range(span)]
-    if labels:
-        headers = [f"{label} {header}".strip() for label, header in zip(labels, headers, strict=True)]
-    align = [":--" if column < table.left else "--:" for column in range(len(headers))]
-    total = [f"**{cell}**" if cell else "" for cell in table.total]
-    lines = [headers, align, *table.rows, *([total] if total else [])]
-    text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return f"**{table.title}**\n\n{text}" if table.title else text
 
 
 # --- numbers to text ------------------------------------------------------------------------------------------------
@@ -194,7 +100,7 @@ def heading(document: Mapping[str, Any]) -> str:
     config, model, hardware = document["config"], document["config"]["model"], document["hardware"]
     shape = f"{model['layers']} layers, d {model['d_model']}, {model['heads']} heads"
     kv = f" ({model['kv_heads']} of keys)" if model["kv_heads"] != model["heads"] else ""
-    meaning = "lower bounds from a spec sheet" if hardware["level"] == "spec" else "forecasts for this machine's profile"
+    meaning = "lower bounds from a spec sheet" if hardware["level"] == "spec" else "forecasts"
     causal = ", causal" if config["causal"] else ""
     return (
         f"{model['name']}: {shape}{kv}, feed-forward {model['d_ff']}; batch {config['batch']}, {config['dtype']}, "
@@ -213,8 +119,9 @@ def _plain(value: Any) -> str:
 
 
 def method_title(result: Mapping[str, Any]) -> str:
+    """The method with its parameters."""
     params = parameters_text(result["params"])
-    return result["method"] + (f" ({params})" if params else "")
+    return f"{result['method']} ({params})" if params else str(result["method"])
 
 
 def by_method(results: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -262,14 +169,20 @@ def estimate_blocks(document: Mapping[str, Any], baselines: Sequence[str]) -> li
     if len(results) <= DETAILED:
         for result in results:
             blocks += [_estimate_detail(result), _estimate_line(result, baselines)]
-        return blocks
+        return [*blocks, *_unnamed(document, baselines, "computed")]
     for of_method in by_method(results).values():
         chunks = [of_method[start : start + 6] for start in range(0, len(of_method), 6)]
         blocks += [_estimate_grid(chunk) for chunk in chunks]
-    blocks.append(_estimate_summary(results, baselines))
-    if len(results) > DETAILED:
-        blocks.append("FLOPs and bytes per component: ask for one length of one method, or take --format csv or json.")
-    return blocks
+    more = "FLOPs and bytes per component: ask for one length of one method, or take --format csv or json."
+    return [*blocks, _estimate_summary(results, baselines), more, *_unnamed(document, baselines, "computed")]
+
+
+def _unnamed(document: Mapping[str, Any], baselines: Sequence[str], done: str) -> list[Block]:
+    """Says which baselines are there for the ratios only."""
+    unnamed = [name for name in baselines if name not in document["config"]["method"]]
+    if not unnamed:
+        return []
+    return [f"Also {done}, for the ratios: {' and '.join(unnamed)}; name them in --method to see them."]
 
 
 def _estimate_detail(result: Mapping[str, Any]) -> Table:
@@ -350,6 +263,7 @@ def measure_blocks(document: Mapping[str, Any], baselines: Sequence[str]) -> lis
         blocks += [_measure_grid(chunk) for chunk in chunks]
     blocks += [_measure_summary(results, baselines), accuracy_table(document["accuracy"])]
     flags = [f"{result['method']} at T={result['seq']}, {flag}" for result in results for flag in result["flags"]]
+    blocks += _unnamed(document, baselines, "run")
     return [*blocks, *(["Above the roof:\n" + "\n".join(flags)] if flags else [])]
 
 
@@ -419,9 +333,8 @@ def accuracy_table(accuracy: Mapping[str, Any]) -> Table:
 
 
 def _errors(errors: Mapping[str, Any]) -> list[str]:
-    return [
-        percent(errors["median_abs"]), percent(errors["p90_abs"]), percent(errors["bias"], signed=True), str(errors["n"]),
-    ]  # fmt: skip
+    absolute = [percent(errors["median_abs"]), percent(errors["p90_abs"])]
+    return [*absolute, percent(errors["bias"], signed=True), str(errors["n"])]
 
 
 # --- calibrate ------------------------------------------------------------------------------------------------------
@@ -439,8 +352,8 @@ def profile_blocks(hardware: Hardware) -> list[Block]:
     ]
     levels = [f"{level.level} {quantity(level.bandwidth_bytes_per_s, BYTE_RATES)}" for level in hardware.memory]
     head = (
-        f"{about.get('engine')}, {about.get('threads')} threads, {about.get('dtype')}: {about.get('passes', 0)} passes, "
-        f"{about.get('samples', 0)} samples\nsustained: {', '.join([*peaks, *levels])}"
+        f"{about.get('engine')}, {about.get('threads')} threads, {about.get('dtype')}: "
+        f"{about.get('passes', 0)} passes, {about.get('samples', 0)} samples\nsustained: {', '.join([*peaks, *levels])}"
     )
     residuals: Mapping[str, Mapping[str, Any]] = about.get("residuals", {})
     errors = [residuals.get(name, {}) for name in (*hardware.ops, "total")]
@@ -455,9 +368,7 @@ def profile_blocks(hardware: Hardware) -> list[Block]:
         column("cache", [("MiB", 2.0**20)], [model.cache_bytes for model in models]),
     ]
     headers, rows = columns_to_rows(columns)
-    cells = [
-        [percent(one.get("median_abs")), percent(one.get("p90_abs")), str(one.get("n", NONE))] for one in errors
-    ]
+    cells = [[percent(one.get("median_abs")), percent(one.get("p90_abs")), str(one.get("n", NONE))] for one in errors]
     rows = [[*row, *cell] for row, cell in zip(rows, cells, strict=False)]
     return [
         head,
@@ -571,8 +482,9 @@ def explain_blocks(found: Explanation) -> list[Block]:
     mask = ", causal" if found.causal else ""
     chosen = f"; {parameters_text(found.chosen)}" if found.chosen else ""
     letters = ", ".join(f"{letter} {meaning}" for letter, meaning in found.symbols.items())
+    model = f"{found.config.name}: {found.config.position} positions{mask}{chosen}"
     blocks.append(
-        f"Cost of the attention sublayer of one layer ({found.config.name}: {found.config.position} positions{mask}{chosen}).\n"
+        f"Cost of the attention sublayer of one layer ({model}).\n"
         f"{letters}. A multiply-add is 2 FLOPs; bytes are compulsory traffic."
     )
     for layer in found.layers:
@@ -603,9 +515,9 @@ def formula(expression: Any) -> str:
 # --- machine-readable -----------------------------------------------------------------------------------------------
 
 CSV_FIELDS = (
-    "method", "params", "seq", "batch", "phase", "device", "engine", "component", "calls", "matmul_flops", "vector_flops",
-    "bytes_read", "bytes_written", "predicted_s", "predicted_low_s", "predicted_high_s", "bound", "measured_median_s",
-    "measured_p10_s", "measured_p90_s", "measured_n", "rel_error",
+    "method", "params", "seq", "batch", "phase", "device", "engine", "component", "calls", "matmul_flops",
+    "vector_flops", "bytes_read", "bytes_written", "predicted_s", "predicted_low_s", "predicted_high_s",
+    "bound", "measured_median_s", "measured_p10_s", "measured_p90_s", "measured_n", "rel_error",
 )  # fmt: skip
 
 

@@ -157,7 +157,9 @@ def check_params(given: Mapping[str, Mapping[str, Any]], methods: tuple[str, ...
         if name not in CATALOG:
             raise unknown("method", name, CATALOG)
         if name not in methods:
-            raise ConfigError(f"parameters are given for '{name}', which is not among the methods: {', '.join(methods)}")
+            raise ConfigError(
+                f"parameters are given for '{name}', which is not among the methods: {', '.join(methods)}"
+            )
     return given
 
 

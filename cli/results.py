@@ -31,7 +31,9 @@ class Samples:
         return bool(self.components and self.totals)
 
 
-def document(request: Request, hardware: Hardware, results: list[dict[str, Any]], notes: Sequence[str]) -> dict[str, Any]:
+def document(
+    request: Request, hardware: Hardware, results: list[dict[str, Any]], notes: Sequence[str]
+) -> dict[str, Any]:
     """The result without its context, which takes a moment to collect."""
     return {
         "schema_version": SCHEMA_VERSION,

@@ -1,8 +1,8 @@
 """A closed-form model of what efficient-attention methods cost: FLOPs, bytes, memory, and seconds on given hardware.
 
-    import costmodel
-    cost = costmodel.estimate("reuse", config, workload, params={"group": 2})
-    cost.by_component(), cost.total
+import costmodel
+cost = costmodel.estimate("reuse", config, workload, params={"group": 2})
+cost.by_component(), cost.total
 """
 
 from costmodel.closed_form import Estimate, estimate

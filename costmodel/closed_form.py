@@ -66,9 +66,7 @@ class Estimate:
         return +counts
 
 
-def estimate(
-    method: str, config: ModelConfig, workload: Workload, params: Mapping[str, Any] | None = None
-) -> Estimate:
+def estimate(method: str, config: ModelConfig, workload: Workload, params: Mapping[str, Any] | None = None) -> Estimate:
     """The closed-form cost of one forward pass of `config` under `method`.
 
     Parameters
@@ -89,7 +87,7 @@ def estimate(
     if method not in COSTS:
         raise unknown("method", method, COSTS)
     cost, parameter_class = COSTS[method]
-    parameters = make(parameter_class, method, params)
+    parameters: Any = make(parameter_class, method, params)
     parameters.check(config)
     setting = Setting.of(config, workload)
     program = cost(setting, parameters)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -83,17 +83,18 @@ def fit(passes: Sequence[Pass], itemsize: int, *, kind: Literal["cpu", "gpu"], a
         If there are fewer than two passes or none holds the streaming op.
     """
     if len(passes) < 2 or not any(sample.op == STREAM for p in passes for sample in p.samples):
-        raise ConfigError(f"calibration needs at least two passes that hold the op '{STREAM}'; {len(passes)} were given")
+        raise ConfigError(
+            f"calibration needs at least two passes that hold the op '{STREAM}'; {len(passes)} were given"
+        )
     hardware = _fit_once(passes, itemsize, kind, about)
     ops, totals = _held_out(passes, itemsize, kind, about)
     bands = {name: _band(ratios) for name, ratios in ops.items()} | {"total": _band(totals)}
     residuals = {name: _residual(ratios) for name, ratios in ops.items()} | {"total": _residual(totals)}
-    return _with(hardware, bands, {"residuals": residuals, "global_efficiency": _global_efficiency(passes, hardware)})
+    found = {"residuals": residuals, "global_efficiency": _global_efficiency(passes, hardware)}
+    return replace(hardware, bands=bands, about={**hardware.about, **found})
 
 
-def _fit_once(
-    passes: Sequence[Pass], itemsize: int, kind: Literal["cpu", "gpu"], about: Mapping[str, Any]
-) -> Hardware:
+def _fit_once(passes: Sequence[Pass], itemsize: int, kind: Literal["cpu", "gpu"], about: Mapping[str, Any]) -> Hardware:
     samples: dict[str, list[Sample]] = defaultdict(list)
     for one in passes:
         for sample in one.samples:
@@ -121,9 +122,12 @@ def _fit_once(
 
 def _best_rate(samples: Mapping[str, list[Sample]], itemsize: int, flops: str, ops: tuple[str, ...]) -> float:
     """The highest sustained rate seen."""
-    return max(
-        getattr(FORMULAS[op](itemsize, **sample.sizes), flops) / sample.seconds for op in ops for sample in samples[op]
-    )
+    rates = [
+        float(getattr(FORMULAS[op](itemsize, **sample.sizes), flops)) / sample.seconds
+        for op in ops
+        for sample in samples[op]
+    ]
+    return max(rates)
 
 
 # --- one op -------------------------------------------------------------------------------------------------------
@@ -166,7 +170,7 @@ def _start(op: str, seen: _Observed, stream: OpModel | None) -> tuple[list[str],
     values: dict[str, tuple[float, float]] = {"overhead": (float(seen.seconds.min()) / 2, PRIOR_SIGMA["overhead"])}
     if np.any(seen.cost.matmul_flops):
         values["matmul"] = (float((seen.cost.matmul_flops / seen.seconds).max()) * 1.1, 0.5)
-        values |= {name: (HALF_PRIOR, PRIOR_SIGMA["half"]) for name in HALVES[op]}
+        values |= dict.fromkeys(HALVES[op], (HALF_PRIOR, PRIOR_SIGMA["half"]))
     if np.any(seen.cost.vector_flops):
         values["vector"] = (float((seen.cost.vector_flops / seen.seconds).max()) * 1.1, PRIOR_SIGMA["vector"])
     rate = float((seen.cost.bytes_moved / seen.seconds).max())
@@ -240,20 +244,10 @@ def _residual(ratios: list[float]) -> dict[str, float]:
 
 def bare_roofline(hardware: Hardware) -> Hardware:
     """The same machine as peaks alone: its measured matrix and vector rates and bandwidths, no constants per op."""
-    return _replaced(hardware, level="spec", ops={}, bands={})
+    return replace(hardware, level="spec", ops={}, bands={})
 
 
 def _global_efficiency(passes: Sequence[Pass], hardware: Hardware) -> float:
     """The one factor by which the bare roofline must be multiplied, as a median over passes."""
     roof = bare_roofline(hardware)
     return float(np.median([one.total_s / float(predict(one.estimate, roof).total.seconds) for one in passes]))
-
-
-def _with(hardware: Hardware, bands: Mapping[str, Band], about: Mapping[str, Any]) -> Hardware:
-    return _replaced(hardware, bands=bands, about={**hardware.about, **about})
-
-
-def _replaced(hardware: Hardware, **changes: Any) -> Hardware:
-    from dataclasses import replace
-
-    return replace(hardware, **changes)

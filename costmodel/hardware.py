@@ -118,7 +118,9 @@ class Hardware:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, ConfigError):
                 raise
-            raise ConfigError(f"{where}: not a hardware profile ({error}); run 'effref calibrate' to make one") from error
+            raise ConfigError(
+                f"{where}: not a hardware profile ({error}); run 'effref calibrate' to make one"
+            ) from error
 
 
 @cache

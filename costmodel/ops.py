@@ -130,9 +130,7 @@ def _elementwise(flops: int, operands: int = 1) -> Callable[..., Cost]:
     """An op that does `flops` per element of its result and reads `operands` elements for each."""
 
     def cost(b: int, elements: Quantity) -> Cost:
-        return Cost(
-            vector_flops=flops * elements, activation_bytes=operands * elements * b, bytes_written=elements * b
-        )
+        return Cost(vector_flops=flops * elements, activation_bytes=operands * elements * b, bytes_written=elements * b)
 
     return cost
 

@@ -166,6 +166,6 @@ def seconds_of_call(model: OpModel, sizes: Mapping[str, Quantity], one: Cost) ->
 
 
 def bandwidth(model: OpModel, working_set: Quantity) -> Quantity:
-    """Near the cache's bandwidth for small working sets, far from it for large ones; the turn is at the cache's size."""
+    """The cache's bandwidth for small working sets, the memory's for large ones; the turn is at the cache's size."""
     outside = 1.0 / (1.0 + (model.cache_bytes / np.maximum(working_set, 1.0)) ** 2)
     return 1.0 / ((1.0 - outside) / model.near_bytes_per_s + outside / model.far_bytes_per_s)

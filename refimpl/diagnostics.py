@@ -1,4 +1,4 @@
-"""How attention maps look on real input: how diagonal they are, how alike from layer to layer, which layers could share.
+"""How attention maps look on real input: how diagonal, how alike from layer to layer, and which layers could share.
 
 The line of work of attention map reuse (ICLR 2022, OpenReview AvcfxqRy4Y) chooses the layers that share a map by these
 figures. The exact normalisation of the papers is not known; the definitions here are ours where that is said.

@@ -2,7 +2,8 @@
 
 `Counted` is an ndarray whose arithmetic adds to a ledger. The operands of an op are watched: every element that takes
 part in arithmetic, a gather, a concatenation or a selection is marked in a shadow of the operand, so bytes read are the
-elements used, each once. Bytes written are the elements of the result, or those that were set where it was built by parts.
+elements used, each once. Bytes written are the elements of the result, or
+those that were set where it was built by parts.
 """
 
 from __future__ import annotations

@@ -7,10 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import effref
 import pytest
 
 import costmodel
-import effref
 import refimpl
 from costmodel.methods import COSTS
 from refimpl.methods import CATALOG

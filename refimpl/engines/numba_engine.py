@@ -20,7 +20,7 @@ from refimpl.errors import ShapeError, UnsupportedError
 
 Array = Any
 
-DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+DTYPES = {np.dtype(np.float32), np.dtype(np.float64)}
 CHUNK = 4096  # elements in a "row" of a contiguous array that an elementwise kernel walks over
 SERIAL_ELEMENTS = 2**15  # below this, waking a second thread (some 10 us) costs more than it saves
 MOST_PARTS = 64  # pieces that a kernel is cut into for its threads
@@ -33,7 +33,6 @@ class NumbaEngine:
     name = "numba"
 
     def __init__(self) -> None:
-        threads.share_cores()
         self.buffers = Buffers()
 
     # --- services -----------------------------------------------------------------------------------------------
@@ -410,14 +409,17 @@ def _flat(x: Array) -> tuple[Array, tuple[int, ...]]:
     ordinary = x.flags.aligned and all(s >= 0 and s % x.itemsize == 0 for s in x.strides)
     if not ordinary or (x.shape[-1] > 1 and x.strides[-1] != x.itemsize):
         x = np.array(x, order="C")
-    if x.flags.c_contiguous and x.flags.writeable:
-        return x.reshape(-1), tuple(s // x.itemsize for s in x.strides)
-    length = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.strides, strict=True)) // x.itemsize if x.size else 0
-    return np.asarray(_Span(x, length)), tuple(s // x.itemsize for s in x.strides)
+    strides = tuple(s // x.itemsize for s in x.strides)
+    if x.flags.carray:  # contiguous, aligned and writeable
+        return x.reshape(-1), strides
+    length = 1 + sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True)) if x.size else 0
+    return np.asarray(_Span(x, length)), strides
 
 
 def _as_rows(x: Array, width: int) -> tuple[Array, int]:
     """A flat view of x and the distance between its rows of `width` elements."""
+    if x.flags.carray:
+        return x.reshape(-1), width
     if x.flags.c_contiguous:
         return _flat(x)[0], width
     flat, strides = _flat(x.reshape(-1, width))  # a view wherever rows are evenly spaced
@@ -426,7 +428,7 @@ def _as_rows(x: Array, width: int) -> tuple[Array, int]:
 
 def _vector(x: Array) -> Array:
     """A contiguous one-dimensional array as kernels take it."""
-    return _flat(np.ascontiguousarray(x))[0]
+    return x if x.flags.carray else _flat(np.ascontiguousarray(x))[0]
 
 
 def _parts(n_rows: int, elements: int) -> int:
@@ -491,19 +493,20 @@ def _require(holds: bool, op: str, expected: str, **arrays: Array) -> None:
         raise ShapeError(message)
 
 
-def _same_dtype(op: str, **arrays: Array) -> None:
-    given = {name: array.dtype for name, array in arrays.items() if array is not None}
-    kinds = set(given.values())
+def _same_dtype(op: str, **arrays: Array | None) -> None:
+    given = {name: array for name, array in arrays.items() if array is not None}
+    kinds = {array.dtype for array in given.values()}
+    if len(kinds) == 1 and kinds <= DTYPES:
+        return
     if len(kinds) > 1:
-        listed = ", ".join(f"{name} {arrays[name].shape} {dtype}" for name, dtype in given.items())
+        listed = ", ".join(f"{name} {array.shape} {array.dtype}" for name, array in given.items())
         message = f"{op}: arrays must have one dtype; got {listed}"
         raise ShapeError(message)
-    if not kinds <= set(DTYPES):
-        message = (
-            f"{op}: the numba engine takes float32 and float64, not {kinds.pop()}; "
-            "float16 runs on the engines 'cupy' (GPU) and 'numpy' (slow)"
-        )
-        raise UnsupportedError(message)
+    message = (
+        f"{op}: the numba engine takes float32 and float64, not {kinds.pop()}; "
+        "float16 runs on the engines 'cupy' (GPU) and 'numpy' (slow)"
+    )
+    raise UnsupportedError(message)
 
 
 def _per_channel(op: str, x: Array, **vectors: Array) -> None:

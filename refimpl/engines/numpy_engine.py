@@ -97,9 +97,7 @@ class NumpyEngine:
         mean_square = self.xp.mean(x * x, axis=-1, keepdims=True)
         return x / self.xp.sqrt(mean_square + eps) * weight
 
-    def batch_norm(
-        self, x: Array, mean: Array, variance: Array, weight: Array, bias: Array, eps: float
-    ) -> Array:
+    def batch_norm(self, x: Array, mean: Array, variance: Array, weight: Array, bias: Array, eps: float) -> Array:
         return (x - mean) / self.xp.sqrt(variance + eps) * weight + bias
 
     # --- elementwise --------------------------------------------------------------------------------------------
@@ -151,9 +149,7 @@ class NumpyEngine:
 
     # --- attention ----------------------------------------------------------------------------------------------
 
-    def scores(
-        self, q: Array, k: Array, scale: float, causal: bool = False, mask: Array | None = None
-    ) -> Array:
+    def scores(self, q: Array, k: Array, scale: float, causal: bool = False, mask: Array | None = None) -> Array:
         q_len, k_len = q.shape[2], k.shape[2]
         if not causal:
             s = self._products(q * scale, k)  # (B, H, Tq, Tk)

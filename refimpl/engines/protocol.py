@@ -68,9 +68,7 @@ class Engine(Protocol):
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
         """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis (arXiv 1910.07467)."""
 
-    def batch_norm(
-        self, x: Array, mean: Array, variance: Array, weight: Array, bias: Array, eps: float
-    ) -> Array:
+    def batch_norm(self, x: Array, mean: Array, variance: Array, weight: Array, bias: Array, eps: float) -> Array:
         """``(x - mean) / sqrt(variance + eps) * weight + bias`` per channel with stored statistics: x (B, T, d)."""
 
     # --- elementwise --------------------------------------------------------------------------------------------
@@ -108,9 +106,7 @@ class Engine(Protocol):
     # A mask is a bool array that broadcasts to (B, H, Tq, Tk); True where a query may look. With `causal`, query i
     # sees keys j <= i + (Tk - Tq). Query head h uses key head h // (H / Hkv). A row that sees no key gives zeros.
 
-    def scores(
-        self, q: Array, k: Array, scale: float, causal: bool = False, mask: Array | None = None
-    ) -> Array:
+    def scores(self, q: Array, k: Array, scale: float, causal: bool = False, mask: Array | None = None) -> Array:
         """``(scale q) kᵀ``, -inf where hidden: q (B, H, Tq, D), k (B or 1, Hkv, Tk, D) -> (B, H, Tq, Tk)."""
 
     def add_relative(self, scores: Array, position: Array) -> Array:
@@ -135,8 +131,15 @@ class Engine(Protocol):
         """`scores`, `softmax` and `weighted_sum` as one op that never holds the map; default scale 1 / sqrt(D)."""
 
     def relative_attention(
-        self, q: Array, q_position: Array, k: Array, v: Array, p: Array, scale: float,
-        causal: bool = False, mask: Array | None = None,
+        self,
+        q: Array,
+        q_position: Array,
+        k: Array,
+        v: Array,
+        p: Array,
+        scale: float,
+        causal: bool = False,
+        mask: Array | None = None,
     ) -> Array:
         """`attention` whose logit (i, j) has ``scale q_position[i] . p[T - 1 - i + j]`` added; p (H, 2T - 1, D)."""
 

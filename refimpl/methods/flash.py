@@ -19,8 +19,6 @@ class Flash(Dense):
         if q.position is None:
             context = ops.attention(q.content, k, v, layer.scale, layer.causal, layer.mask)  # (B, H, T, D)
         else:
-            p = position_keys(at, layer)[0]  # (H, 2T - 1, D)
-            context = ops.relative_attention(
-                q.content, q.position, k, v, p, layer.scale, layer.causal, layer.mask
-            )
+            p = position_keys(at, layer)[0, :, :, :]  # (H, 2T - 1, D)
+            context = ops.relative_attention(q.content, q.position, k, v, p, layer.scale, layer.causal, layer.mask)
         return project_output(at, context, layer)

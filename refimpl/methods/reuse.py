@@ -32,13 +32,11 @@ class Reuse(Dense):
 
     def attention(self, at: At, x: Array, layer: Layer) -> Array:
         leader = self.leaders[layer.index]
-        if leader == layer.index:
-            context = self._compute(at, x, layer)
-        else:
-            context = self._reuse(at, x, layer, leader)
+        computes = leader == layer.index
+        context = self._compute(at, x, layer) if computes else self._reuse(at, x, layer, leader)
         if leader not in self.leaders[layer.index + 1 :]:
             self.shared.pop(leader, None)  # the last layer of a group drops its map
-        if leader != layer.index and not self.parameters.output_projection:
+        if not computes and not self.parameters.output_projection:
             return at(WEIGHTED_SUM).merge_heads(context)
         return project_output(at, context, layer)
 

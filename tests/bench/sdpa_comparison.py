@@ -2,9 +2,10 @@
 
     python tests/bench/sdpa_comparison.py --seq 512,1024,2048,4096
 
-Prints, for each length, the median milliseconds of both and the ratio fused / PyTorch over pairs of neighbouring calls: its
-median and its 10th to 90th percentile. On a shared machine only the ratio means something. No line is printed before both
-results agree. PyTorch is a comparison point here, never a dependency.
+Prints, for each length, the median milliseconds of both and the ratio fused / PyTorch over pairs of
+neighbouring calls: its median and its 10th to 90th percentile. On a shared machine only the ratio means
+something. No line is printed before both results agree. PyTorch is a comparison point here, never a
+dependency.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ _SETTLE_S = 0.005  # lets the idle threads of the library that ran before stop s
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seq", default="512,1024,2048,4096", help="lengths T, comma-separated")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--heads", type=int, default=8)
@@ -80,11 +83,15 @@ def main() -> int:
     """Print the table; 2 if PyTorch is absent."""
     options = _parse_arguments()
     if torch is None:
-        print("PyTorch is absent; install it with: pip install torch --index-url https://download.pytorch.org/whl/cpu", file=sys.stderr)
+        print(
+            "PyTorch is absent: pip install torch --index-url https://download.pytorch.org/whl/cpu",
+            file=sys.stderr,
+        )
         return 2
     numba.set_num_threads(options.threads)
     torch.set_num_threads(options.threads)
-    print(f"float32, B={options.batch} H={options.heads} D={options.head_dim}, {options.threads} threads, torch {torch.__version__}")
+    shape = f"B={options.batch} H={options.heads} D={options.head_dim}"
+    print(f"float32, {shape}, {options.threads} threads, torch {torch.__version__}")
     print(f"{'T':>6} {'fused ms':>9} {'torch ms':>9} {'ratio':>6}  p10-p90")
     for T in map(int, options.seq.split(",")):
         fused_s, torch_s = _compare(T, options)

@@ -48,9 +48,7 @@ def test_parameter_bytes_equal_the_weights(config: Any, workload: Any) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(data=st.data(), causal=st.booleans(), masked=st.booleans(), extra=st.integers(0, 4))
-def test_attention_ops_count_masks_and_longer_keys(
-    data: st.DataObject, causal: bool, masked: bool, extra: int
-) -> None:
+def test_attention_ops_count_masks_and_longer_keys(data: st.DataObject, causal: bool, masked: bool, extra: int) -> None:
     """Keys longer than queries, grouped heads and padding masks, which the model recipes do not combine."""
     rng = np.random.default_rng(0)
     b, kv, group, t, d = (data.draw(st.integers(1, 3)) for _ in range(5))
@@ -73,5 +71,8 @@ def test_formulas_take_arrays_of_lengths() -> None:
             for i, length in enumerate(lengths.tolist()):
                 one = costmodel.estimate(method, config, Workload(length))
                 for figure in ("matmul_flops", "vector_flops", "bytes_read", "bytes_written"):
-                    assert np.broadcast_to(getattr(many.total, figure), 3)[i] == getattr(one.total, figure), (name, method)
+                    assert np.broadcast_to(getattr(many.total, figure), 3)[i] == getattr(one.total, figure), (
+                        name,
+                        method,
+                    )
                 assert np.broadcast_to(many.peak_bytes, 3)[i] == one.peak_bytes

@@ -10,7 +10,7 @@ import pytest
 
 from costmodel import estimate
 from costmodel.fit import HALVES, Pass, Sample, bare_roofline, fit
-from costmodel.hardware import Band, Hardware, MemoryLevel, OpModel, load_hardware, presets
+from costmodel.hardware import Band, MemoryLevel, OpModel, load_hardware, presets
 from costmodel.ops import FORMULAS
 from costmodel.predict import predict, seconds_of_call, spec_bandwidth
 from refimpl.config import ModelConfig, Workload, preset
@@ -179,8 +179,10 @@ def test_profile_of_another_dtype_or_without_an_op_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="conv1d"):
         predict(estimate("dense", preset("conformer-m"), Workload(64)), hardware)
     with pytest.raises(UnsupportedError, match="float64"):
-        predict(estimate("dense", MINILM, Workload(64, dtype="float64")), dataclasses.replace(
-            presets()["l4"], matmul_flops_per_s={"float32": 1.0}))
+        predict(
+            estimate("dense", MINILM, Workload(64, dtype="float64")),
+            dataclasses.replace(presets()["l4"], matmul_flops_per_s={"float32": 1.0}),
+        )
 
 
 def test_bare_roofline_is_a_spec_of_the_measured_peaks() -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from strategies import RECIPES, configs, inputs_for, workloads
 
 from refimpl import forward, load_model

@@ -13,11 +13,11 @@ from strategies import configs, inputs_for, reuse_parameters, workloads
 import costmodel
 from refimpl import forward, load_model
 from refimpl.config import ModelConfig, Workload, override, preset
+from refimpl.engines.numpy_engine import NumpyEngine
 from refimpl.errors import ConfigError
 from refimpl.methods.dense import Dense
 from refimpl.methods.reuse import Reuse
 from refimpl.methods.steps import Layer
-from refimpl.engines.numpy_engine import NumpyEngine
 from refimpl.parameters import ReuseParameters
 
 ENGINE = NumpyEngine()

@@ -1,1 +1,1 @@
-"""Compiled kernels of the ``numba`` engine. Importing a module here imports Numba; nothing compiles before the first call."""
+"""Compiled kernels of the ``numba`` engine; importing a module here imports Numba and compiles nothing."""

@@ -1,18 +1,21 @@
 """Exact attention without the map: fused ("flash") kernels for the CPU.
 
-One work item is a block of queries of one head. It walks over the keys, `_KEY_BLOCK` at a time, and keeps for each query the
-running maximum m of its scores, the running sum l of ``exp(s - m)`` and the unnormalised output o (online softmax [1]_):
+One work item is a block of queries of one head. It walks over the keys, `_KEY_BLOCK` at a time, and keeps for
+each query the running maximum m of its scores, the running sum l of ``exp(s - m)`` and the output o before
+division (online softmax, [1]_ algorithm 3):
 
     S  = K Q^T                              scores, keys down, queries across     dot_tile
     m' = max(m, max S),  P = exp(S - m')    weights;  l' = l e^(m - m') + sum P   online_softmax
     o' = o e^(m - m') + V^T P               values                                rescale_add_tile
 
-and ``o / l`` at the end. The T x T map never exists: a thread owns a few blocks that fit its caches (FlashAttention [2]_).
-Everything is transposed, queries along the vector: maxima, sums and rescaling need no work across lanes, and K and V enter as
-single numbers, from rows copied to where the caches hold them. Queries and outputs are kept as panels; see `vector`.
+and ``o / l`` at the end. The T x T map never exists: a thread owns a few blocks that fit its caches
+(FlashAttention [2]_). All is transposed, queries along the vector: maxima, sums and rescaling need no work
+across lanes, and K and V enter as single numbers, from rows copied to where the caches hold them. Queries and
+outputs lie in panels; see `vector`.
 
-.. [1] M. Milakov, N. Gimelshein, "Online normalizer calculation for softmax", 2018, arXiv:1805.02867, algorithm 3.
-.. [2] T. Dao et al., "FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness", 2022, arXiv:2205.14135.
+.. [1] M. Milakov, N. Gimelshein, "Online normalizer calculation for softmax", 2018, arXiv:1805.02867.
+.. [2] T. Dao et al., "FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness", 2022,
+   arXiv:2205.14135.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 import numpy.typing as npt
-from numba import carray, njit, types
+from numba import carray, cfunc, njit, types
 
 from .vector import (
     TILE,
@@ -45,17 +48,19 @@ from .vector import (
 
 Array = npt.NDArray[Any]
 
-_KEY_BLOCK = 128  # keys per step: their weights for one panel of queries stay in the first-level cache
+_KEY_BLOCK = 128  # keys per step, a multiple of a tile's rows; a panel's weights stay in the nearest cache
 _PANELS = 8  # panels of queries per work item: every copied block of keys and values is used that often
 _ITEMS_PER_THREAD = 4  # at least, where there are enough queries, so that threads finish together
 _CACHE_LINE = 64  # bytes
 
-_ROWS = TILE.rows  # of a register tile; fixed by the host's instruction set, a constant in the compiled code
-_part = njit(error_model="numpy")  # for the parts of a kernel, which are compiled into it
+_ROWS = TILE.rows  # of a register tile: fixed by the instruction set, a constant in compiled code
+_part = njit(error_model="numpy")  # the parts of a kernel are compiled into it
+
+Pointer = Any  # inside kernels: a C pointer to numbers of the arrays' type
 
 
 class Operand(NamedTuple):
-    """Where a (B, H, T, D) array lies: its address and the elements between its batches, heads, rows and columns."""
+    """Where a (B, H, T, D) array lies: its address and the elements between batches, heads, rows, columns."""
 
     address: int
     batch: int
@@ -85,22 +90,22 @@ class Sizes(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """One thread's scratch memory: the elements before each part, in the order in which the parts lie there."""
+    """One thread's scratch memory: the elements before each part, in the order of the parts."""
 
     scores: int  # (_KEY_BLOCK, lanes)
     keys: int  # (_KEY_BLOCK, D)
     values: int  # (_KEY_BLOCK, Dv_padded)
     queries: int  # panels x (D, lanes)
     outputs: int  # panels x (Dv_padded, lanes)
-    state: int  # panels x (4, lanes): see online_softmax
+    state: int  # panels x (3, lanes): see online_softmax
     position_queries: int  # panels x (D, lanes)
-    position_scores: int  # (_KEY_BLOCK + lanes, lanes)
-    positions: int  # (_KEY_BLOCK + lanes, D)
+    position_scores: int  # (_KEY_BLOCK + lanes, lanes), whole tiles
+    positions: int  # (_KEY_BLOCK + lanes, D), whole tiles
     end: int
 
 
 class Call(NamedTuple):
-    """All that a kernel needs to know. The type of `sign` in the record below is the type of every array but the mask."""
+    """All that a kernel needs to know; `sign` has the type of every array but the mask."""
 
     q: Operand
     q_position: Operand
@@ -117,32 +122,44 @@ class Call(NamedTuple):
     log2_scale: float  # |scale| / ln 2: softmax is computed with powers of two
 
 
-# --------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The parts of a work item. A pointer named panel, scores or outputs is to rows of `lanes` numbers.
-# --------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @_part
-def _row(like, x, b, h, i):
-    """Point at row i of head h of batch b."""
+def _row(like: Any, x: Operand, b: int, h: int, i: int) -> Pointer:
+    """Point at row i of head h of batch b, as a pointer to numbers of the type of `like`."""
     return offset(pointer(x.address, like), b * x.batch + h * x.head + i * x.row)
 
 
 @_part
-def _fill(target, count, value):
+def _fill(target: Pointer, count: int, value: float) -> None:
     """Set `count` numbers."""
     for i in range(count):
         target[i] = value
 
 
 @_part
-def _round_up(n, step):
+def _round_up(n: int, step: int) -> int:
     return (n + step - 1) // step * step
 
 
 @_part
-def _copy_rows(target, width, rows, source, row_stride, first, last, columns):
-    """Copy rows first, first + 1, ... to a dense (rows, width) block: zero before row 0, from row `last` and past `columns`."""
+def _copy_rows(
+    target: Pointer,
+    width: int,
+    rows: int,
+    source: Pointer,
+    row_stride: int,
+    first: int,
+    last: int,
+    columns: int,
+) -> None:
+    """Copy rows first, first + 1, ... to a dense (rows, width) block.
+
+    Zero stands for rows before 0, rows from `last` on, and numbers past `columns`.
+    """
     for j in range(rows):
         row = offset(target, j * width)
         from_row = offset(source, (first + j) * row_stride)
@@ -153,7 +170,7 @@ def _copy_rows(target, width, rows, source, row_stride, first, last, columns):
 
 
 @_part
-def _pack_queries(panel, x, b, h, first, sign, sizes):
+def _pack_queries(panel: Pointer, x: Operand, b: int, h: int, first: int, sign: float, sizes: Sizes) -> None:
     """Transpose a panel's query rows to (D, lanes), times `sign`; lanes past the last query are zero."""
     rows, count = _row(sign, x, b, h, first), min(sizes.lanes, sizes.Tq - first)
     D, lanes, vector, stride = sizes.D, sizes.lanes, sizes.vector, x.row
@@ -167,11 +184,12 @@ def _pack_queries(panel, x, b, h, first, sign, sizes):
 
 
 @_part
-def _unpack_outputs(panel, state, x, b, h, first, like, sizes):
-    """Write ``o / l`` from (Dv, lanes) to a panel's output rows; a row whose weights sum to zero saw no key and is zero."""
-    rows, count = _row(like, x, b, h, first), min(sizes.lanes, sizes.Tq - first)
+def _unpack_outputs(panel: Pointer, state: Pointer, b: int, h: int, first: int, call: Call) -> None:
+    """Write ``o / l`` from (Dv, lanes) to a panel's output rows; zeros where l = 0, as no key was seen."""
+    x, sizes = call.out, call.sizes
+    rows, count = _row(call.sign, x, b, h, first), min(sizes.lanes, sizes.Tq - first)
     Dv, lanes, vector, stride = sizes.Dv, sizes.lanes, sizes.vector, x.row
-    sums, inverse = offset(state, 2 * lanes), offset(state, 3 * lanes)
+    sums, inverse = offset(state, lanes), offset(state, 2 * lanes)
     for i in range(lanes):
         inverse[i] = 1 / sums[i]
     for lane in range(0, count, vector):
@@ -187,7 +205,7 @@ def _unpack_outputs(panel, state, x, b, h, first, like, sizes):
 
 
 @_part
-def _hide_future(scores, first_query, first_key, keys, sizes):
+def _hide_future(scores: Pointer, first_query: int, first_key: int, keys: int, sizes: Sizes) -> None:
     """Hide from query i every key j > i + Tk - Tq."""
     for j in range(keys):
         blind = first_key + j - (sizes.Tk - sizes.Tq) - first_query
@@ -196,8 +214,11 @@ def _hide_future(scores, first_query, first_key, keys, sizes):
 
 
 @_part
-def _hide_masked(scores, mask, b, h, first_query, first_key, keys, sizes):
+def _hide_masked(
+    scores: Pointer, b: int, h: int, first_query: int, first_key: int, keys: int, call: Call
+) -> None:
     """Hide the keys where the mask is False. A mask that is the same for all queries is read once per key."""
+    mask, sizes = call.mask, call.sizes
     lanes, vector = sizes.lanes, sizes.vector
     seen = offset(_row(np.uint8(0), mask, b, h, first_query), first_key * mask.column)
     queries = min(lanes, sizes.Tq - first_query)
@@ -218,15 +239,24 @@ def _hide_masked(scores, mask, b, h, first_query, first_key, keys, sizes):
 
 
 @_part
-def _score_rows(scores, keys, rows, panel, sizes):
-    """Set scores = keys @ panel for (rows, D) keys, a register tile at a time; rows is a multiple of the tile's."""
+def _score_rows(scores: Pointer, keys: Pointer, rows: int, panel: Pointer, sizes: Sizes) -> None:
+    """Set ``scores = keys @ panel`` for (rows, D) keys, a tile at a time; `rows` fills whole tiles."""
     for j in range(0, rows, _ROWS):
         dot_tile(offset(scores, j * sizes.lanes), offset(keys, j * sizes.D), panel, sizes.D, sizes.D)
 
 
 @_part
-def _add_position_scores(scores, panel, h, first_query, first_key, keys, call, space):
-    """Add ``q_position[i] . p[Tq - 1 - i + j]``: products with the rows of p that this panel and these keys meet, skewed."""
+def _add_position_scores(
+    scores: Pointer,
+    panel: Pointer,
+    h: int,
+    first_query: int,
+    first_key: int,
+    keys: int,
+    call: Call,
+    space: Pointer,
+) -> None:
+    """Add ``q_position[i] . p[Tq - 1 - i + j]``: products with all rows of p that are met here, skewed."""
     sizes, place = call.sizes, call.place
     window = keys + sizes.lanes - 1
     rows, first_row = _round_up(window, _ROWS), sizes.Tq - first_query + first_key - sizes.lanes
@@ -238,19 +268,25 @@ def _add_position_scores(scores, panel, h, first_query, first_key, keys, call, s
 
 
 @_part
-def _add_values(outputs, state, values, keys, weights, sizes):
-    """Set ``outputs = factor * outputs + values.T @ weights`` for (keys, Dv_padded) values, a register tile at a time."""
-    factor = offset(state, 3 * sizes.lanes)
+def _add_values(
+    outputs: Pointer, state: Pointer, values: Pointer, keys: int, weights: Pointer, sizes: Sizes
+) -> None:
+    """Set ``outputs = factor * outputs + values.T @ weights`` for (keys, Dv_padded) values, tile by tile."""
+    factor = offset(state, 2 * sizes.lanes)
     for d in range(0, sizes.Dv_padded, _ROWS):
-        rescale_add_tile(offset(outputs, d * sizes.lanes), factor, offset(values, d), weights, keys, sizes.Dv_padded)
+        rescale_add_tile(
+            offset(outputs, d * sizes.lanes), factor, offset(values, d), weights, keys, sizes.Dv_padded
+        )
 
 
 @_part
-def _attend_keys(n, b, h, first_query, first_key, keys, call, space):
-    """Let panel n of a work item see the first `keys` of the block of keys and values in scratch memory."""
+def _attend_keys(
+    n: int, b: int, h: int, first_query: int, first_key: int, keys: int, call: Call, space: Pointer
+) -> None:
+    """Let panel n of a work item see the first `keys` keys and values in scratch memory."""
     sizes, place = call.sizes, call.place
     scores, packed = offset(space, place.scores), n * sizes.D * sizes.lanes
-    state = offset(space, place.state + n * 4 * sizes.lanes)
+    state = offset(space, place.state + n * 3 * sizes.lanes)
     panel = offset(space, place.queries + packed)
     _score_rows(scores, offset(space, place.keys), _round_up(keys, _ROWS), panel, sizes)
     if sizes.relative:
@@ -259,14 +295,14 @@ def _attend_keys(n, b, h, first_query, first_key, keys, call, space):
     if sizes.causal:
         _hide_future(scores, first_query, first_key, keys, sizes)
     if sizes.masked:
-        _hide_masked(scores, call.mask, b, h, first_query, first_key, keys, sizes)
+        _hide_masked(scores, b, h, first_query, first_key, keys, call)
     online_softmax(scores, keys, call.log2_scale, state)
     outputs = offset(space, place.outputs + n * sizes.Dv_padded * sizes.lanes)
     _add_values(outputs, state, offset(space, place.values), keys, scores, sizes)
 
 
 @_part
-def _start_panel(n, b, h, first, call, space):
+def _start_panel(n: int, b: int, h: int, first: int, call: Call, space: Pointer) -> None:
     """Pack the queries of panel n of a work item and set its state to nothing seen."""
     sizes, place = call.sizes, call.place
     packed = n * sizes.D * sizes.lanes
@@ -274,31 +310,34 @@ def _start_panel(n, b, h, first, call, space):
     if sizes.relative:
         panel = offset(space, place.position_queries + packed)
         _pack_queries(panel, call.q_position, b, h, first, call.sign, sizes)
-    state = offset(space, place.state + n * 4 * sizes.lanes)
-    _fill(state, 2 * sizes.lanes, -np.inf)
-    _fill(offset(state, 2 * sizes.lanes), 2 * sizes.lanes, 0)
+    state = offset(space, place.state + n * 3 * sizes.lanes)
+    _fill(state, sizes.lanes, -np.inf)
+    _fill(offset(state, sizes.lanes), 2 * sizes.lanes, 0)
     panel_size = sizes.Dv_padded * sizes.lanes
     _fill(offset(space, place.outputs + n * panel_size), panel_size, 0)
 
 
 @_part
-def _finish_panel(n, b, h, first, call, space):
+def _finish_panel(n: int, b: int, h: int, first: int, call: Call, space: Pointer) -> None:
     """Write the output rows of panel n of a work item."""
     sizes, place = call.sizes, call.place
     outputs = offset(space, place.outputs + n * sizes.Dv_padded * sizes.lanes)
-    state = offset(space, place.state + n * 4 * sizes.lanes)
-    _unpack_outputs(outputs, state, call.out, b, h, first, call.sign, sizes)
+    state = offset(space, place.state + n * 3 * sizes.lanes)
+    _unpack_outputs(outputs, state, b, h, first, call)
 
 
 @_part
-def _keys_seen(end, sizes):
+def _keys_seen(end: int, sizes: Sizes) -> int:
     """Count the keys that the queries before query `end` see."""
     return max(0, min(sizes.Tk, end + sizes.Tk - sizes.Tq)) if sizes.causal else sizes.Tk
 
 
 @_part
-def _attend_item(item, call, space):
-    """Compute the output rows of one work item: a block of queries of one head. The last queries of a head come first."""
+def _attend_item(item: int, call: Call, space: Pointer) -> None:
+    """Compute the output rows of one work item: a block of queries of one head.
+
+    The last queries of a head come first: under a causal mask they are the longest work.
+    """
     sizes, place = call.sizes, call.place
     head, block = item // sizes.blocks, sizes.blocks - 1 - item % sizes.blocks
     b, h = head // sizes.Hq, head % sizes.Hq
@@ -320,8 +359,8 @@ def _attend_item(item, call, space):
         _finish_panel(n, b, h, first, call, space)
 
 
-def _kernel_attention(thread, record):
-    """Take work items until none is left."""
+def _kernel_attention(thread: int, record: Any) -> None:
+    """Take work items until none is left; `record` points at a `Call`."""
     call = carray(record, 1)[0]
     sizes = call.sizes
     space = offset(pointer(call.scratch, call.sign), thread * call.place.end)
@@ -331,9 +370,9 @@ def _kernel_attention(thread, record):
         item = fetch_add(call.next_item)
 
 
-# --------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The Python side: sizes, scratch memory, addresses.
-# --------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _integers(fields: tuple[str, ...]) -> np.dtype[np.void]:
@@ -350,17 +389,15 @@ def _call_dtype(number: np.dtype[Any]) -> np.dtype[np.void]:
 
 
 @functools.cache
-def _compiled(number: np.dtype[Any]) -> int:
-    """Compile the kernel for arrays of type `number`, or load it from Numba's disk cache, and return its address."""
+def _compiled(number: np.dtype[Any]) -> Any:
+    """Compile the kernel for arrays of type `number`, or load it from Numba's disk cache."""
     record = types.CPointer(numba.from_dtype(_call_dtype(number)))
-    address: int = numba.cfunc(types.void(types.intp, record), cache=True, error_model="numpy")(_kernel_attention).address
-    return address
+    return cfunc(types.void(types.intp, record), cache=True, error_model="numpy")(_kernel_attention)
 
 
-def _plan(q: Array, k: Array, v: Array, threads: int, causal: bool, masked: bool, relative: bool) -> Sizes:
+def _plan(q: Array, v: Array, threads: int, causal: bool, masked: bool, relative: bool) -> Sizes:
     """Cut the queries of a head into work items: long ones to reuse keys, but several for each thread."""
-    B, Hq, Tq, D = q.shape
-    Dv = v.shape[3]
+    (B, Hq, Tq, D), (_, Hkv, Tk, Dv) = q.shape, v.shape
     lanes = panel_lanes(q.itemsize)
     head_panels = -(-Tq // lanes)
     blocks = max(-(-head_panels // _PANELS), min(head_panels, -(-_ITEMS_PER_THREAD * threads // (B * Hq))))
@@ -368,12 +405,12 @@ def _plan(q: Array, k: Array, v: Array, threads: int, causal: bool, masked: bool
     return Sizes(
         B=B,
         Hq=Hq,
-        G=Hq // k.shape[1],
+        G=Hq // Hkv,
         Tq=Tq,
-        Tk=k.shape[2],
+        Tk=Tk,
         D=D,
         Dv=Dv,
-        Dv_padded=-(-Dv // TILE.rows) * TILE.rows,
+        Dv_padded=-(-Dv // _ROWS) * _ROWS,
         lanes=lanes,
         vector=lanes // TILE.vectors,
         panels=panels,
@@ -386,14 +423,14 @@ def _plan(q: Array, k: Array, v: Array, threads: int, causal: bool, masked: bool
 
 def _layout(sizes: Sizes) -> Scratch:
     """Lay out one thread's scratch memory, each part on a cache line."""
-    lanes, window = sizes.lanes, (_KEY_BLOCK + sizes.lanes) * sizes.relative
+    lanes, window = sizes.lanes, (_KEY_BLOCK + sizes.lanes + _ROWS) * sizes.relative
     parts = (
         _KEY_BLOCK * lanes,
         _KEY_BLOCK * sizes.D,
         _KEY_BLOCK * sizes.Dv_padded,
         sizes.panels * sizes.D * lanes,
         sizes.panels * sizes.Dv_padded * lanes,
-        sizes.panels * 4 * lanes,
+        sizes.panels * 3 * lanes,
         sizes.panels * sizes.D * lanes * sizes.relative,
         window * lanes,
         window * sizes.D,
@@ -402,7 +439,7 @@ def _layout(sizes: Sizes) -> Scratch:
 
 
 def _readable(x: Array) -> Array:
-    """Return `x`, copied only if its last axis is not contiguous or a stride is not a whole number of elements."""
+    """Return `x`, copied only if its last axis is not contiguous or a stride is not in whole elements."""
     contiguous = x.strides[-1] == x.itemsize or x.shape[-1] <= 1
     return x if contiguous and not any(stride % x.itemsize for stride in x.strides) else x.copy(order="C")
 
@@ -422,12 +459,12 @@ def _attend(
     q_position: Array | None = None,
     p: Array | None = None,
 ) -> None:
-    """Describe the call to the kernel and run it; `q_position` and `p` are given together or not at all."""
+    """Describe a call and run the kernel on it; `q_position` and `p` are given together or not at all."""
     B, Hq, Tq, _ = q.shape
     if out.size == 0:
         return
     threads = numba.get_num_threads()
-    sizes = _plan(q, k, v, threads, causal, mask is not None, p is not None)
+    sizes = _plan(q, v, threads, causal, mask is not None, p is not None)
     place = _layout(sizes)
     scratch = np.empty(threads * place.end + _CACHE_LINE, q.dtype)
     next_item = np.zeros(1, np.int64)
@@ -436,7 +473,13 @@ def _attend(
     p = q if p is None else _readable(p)[None]  # (1, H, 2 * Tq - 1, D)
     mask = np.ones((1, 1, 1, 1), bool) if mask is None else np.broadcast_to(mask, (B, Hq, Tq, k.shape[2]))
     call = Call(
-        *map(_operand, (q, q_position, k, v, p, mask, out)),
+        q=_operand(q),
+        q_position=_operand(q_position),
+        k=_operand(k),
+        v=_operand(v),
+        p=_operand(p),
+        mask=_operand(mask),
+        out=_operand(out),
         sizes=sizes,
         place=place,
         scratch=-(-scratch.ctypes.data // _CACHE_LINE) * _CACHE_LINE,
@@ -445,7 +488,16 @@ def _attend(
         log2_scale=abs(scale) / math.log(2) if scale else 1.0,
     )
     record = np.array([call], _call_dtype(q.dtype))
-    run_on_threads(threads, _compiled(q.dtype), record.ctypes.data)
+    run_on_threads(threads, _compiled(q.dtype).address, record.ctypes.data)
+
+
+def _attend_one_query(q: Array, k: Array, v: Array, scale: float, mask: Array | None, out: Array) -> None:
+    """Decode: let the query heads that share keys be the queries of one head, side by side in its panels."""
+    (B, Hq, _, D), (_, Hkv, Tk, Dv) = q.shape, v.shape
+    G = Hq // Hkv
+    if mask is not None:
+        mask = np.broadcast_to(mask, (B, Hq, 1, Tk)).reshape(B, Hkv, G, Tk)
+    _attend(q.reshape(B, Hkv, G, D), k, v, scale, False, mask, out.reshape(B, Hkv, G, Dv))
 
 
 def _new_output(q: Array, v: Array) -> Array:
@@ -479,7 +531,8 @@ def fused_attention(
     mask : bool array, broadcastable to (B, Hq, Tq, Tk), optional
         True where a query may attend to a key.
     out : array, shape (B, Hq, Tq, Dv), dtype of `q`, optional
-        Where to write the result; its last axis is contiguous. By default a view of a new (B, Tq, Hq, Dv) array.
+        Where to write the result; its last axis is contiguous. By default a view of a new (B, Tq, Hq, Dv)
+        array.
 
     Returns
     -------
@@ -488,8 +541,9 @@ def fused_attention(
 
     Notes
     -----
-    Accumulates in the type of the inputs. Uses ``numba.get_num_threads()`` threads, each with scratch memory that does not
-    depend on the lengths. NaN reaches the rows that see it. The values of hidden keys are multiplied by zero: they must be finite.
+    Accumulates in the type of the inputs, on ``numba.get_num_threads()`` threads, each with scratch memory
+    that does not grow with the lengths; the result does not depend on their number. NaN reaches the rows that
+    see it. The values of hidden keys may be multiplied by zero, so they must be finite.
     Cost: ``2 * B * Hq * Tq * Tk * (D + Dv)`` matrix FLOPs, about half if causal.
 
     Examples
@@ -499,14 +553,11 @@ def fused_attention(
     (1, 2, 3, 4)
     """
     out = _new_output(q, v) if out is None else out
-    result, (B, Hq, Tq, _), (_, Hkv, Tk, _) = out, q.shape, k.shape
-    if Tq == 1 and Hkv < Hq:  # decoding: let the heads that share keys be the queries of one head, which share its panels
-        group = (B, Hkv, Hq // Hkv)
-        q, out = q.reshape(*group, -1), out.reshape(*group, -1)
-        mask = None if mask is None else np.broadcast_to(mask, (B, Hq, 1, Tk)).reshape(*group, Tk)
-        causal = False
-    _attend(q, k, v, scale, causal, mask, out)
-    return result
+    if q.shape[2] == 1 and k.shape[1] < q.shape[1]:
+        _attend_one_query(q, k, v, scale, mask, out)
+    else:
+        _attend(q, k, v, scale, causal, mask, out)
+    return out
 
 
 def fused_relative_attention(
@@ -522,8 +573,9 @@ def fused_relative_attention(
 ) -> Array:
     """Attend exactly with relative positions, as Transformer-XL and Conformer do, without ever holding a map.
 
-    The scores are ``scale * (q_content[i] . k[j] + q_position[i] . p[T - 1 - i + j])`` [1]_. The position products are computed
-    for one panel of queries and one block of keys at a time, over the window of p that these meet, and shifted while added.
+    The scores are ``scale * (q_content[i] . k[j] + q_position[i] . p[T - 1 - i + j])`` [1]_. The position
+    products are computed for one panel of queries and one block of keys at a time, over the window of p that
+    these meet, and shifted while added.
 
     Parameters
     ----------
@@ -545,13 +597,13 @@ def fused_relative_attention(
 
     Notes
     -----
-    Cost: the FLOPs of `fused_attention` plus ``2 * B * H * T * T * D`` for the position products, of which about a third more
-    are computed because the windows of neighbouring blocks overlap.
+    Cost: the FLOPs of `fused_attention` plus ``2 * B * H * T * T * D`` for the position products, of which
+    about a third more are computed because the windows of neighbouring blocks overlap.
 
     References
     ----------
-    .. [1] Z. Dai et al., "Transformer-XL: Attentive Language Models beyond a Fixed-Length Context", 2019, arXiv:1901.02860,
-       appendix B.
+    .. [1] Z. Dai et al., "Transformer-XL: Attentive Language Models beyond a Fixed-Length Context", 2019,
+       arXiv:1901.02860, appendix B.
 
     Examples
     --------

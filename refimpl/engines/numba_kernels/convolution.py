@@ -11,6 +11,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .parallel import KERNEL, STEP, share
+from .polynomials import full_width, span
 from .vector import TILE as _REGISTERS
 
 TILE = 64  # output rows per tile; a multiple of ROWS
@@ -59,41 +60,53 @@ def _convolve_block(
 
 
 @njit(**STEP)
-def _convolve_tile(padded, weight, bias, kernel, out, width):
-    """Convolve TILE rows: padded ((TILE + kernel - 1) * d,), weight (kernel * d,), bias (d,), out (TILE * d,).
+def _copy(source, target):
+    """Copy a flat array to one of the same size."""
+    full_width()
+    for j in range(target.size):
+        target[j] = source[j]
 
-    `width` = d is a multiple of the vector.
-    """
+
+@njit(**STEP)
+def _load_tile(x, start, row_stride, first, length, channels, padded, width):
+    """Copy rows `first`, `first` + 1, ... of a sequence (length, channels) to padded rows; zeros outside it."""
+    for place in range(padded.size // width):
+        row = span(padded, place * width, channels)
+        if 0 <= first + place < length:
+            _copy(span(x, start + (first + place) * row_stride, channels), row)
+        else:
+            row[:] = 0
+
+
+@njit(**STEP)
+def _convolve_tile(padded, weight, bias, kernel, tile, width):
+    """Convolve: padded ((TILE + kernel - 1) * d,), weight (kernel * d,), bias (d,) -> tile (TILE * d,); d = `width`."""
     for i in range(0, TILE, ROWS):
-        for c in range(0, width, VECTOR_BYTES // out.itemsize):
-            _convolve_block(padded[i * width + c :], weight[c:], bias[c:], out[i * width + c :], kernel, width)
+        for c in range(0, width, VECTOR_BYTES // tile.itemsize):
+            start = i * width + c
+            _convolve_block(
+                span(padded, start, padded.size - start), span(weight, c, weight.size - c),
+                span(bias, c, width - c), span(tile, start, tile.size - start), kernel, width,
+            )  # fmt: skip
 
 
 @njit(**STEP)
 def _depthwise_tiles(x, strides, weight, bias, kernel, out, length, width, channels, first, last):
-    """Convolve tiles of TILE rows, the tiles of all sequences numbered through."""
+    """Convolve tiles of TILE rows; the tiles of all sequences are numbered through."""
     padded = np.zeros((TILE + kernel - 1) * width, x.dtype)  # channels from `channels` on stay zero
     tile = np.empty(TILE * width, x.dtype)
     per_sequence = -(-length // TILE)
     for item in range(first, last):
         b, start = item // per_sequence, item % per_sequence * TILE
-        for place in range(TILE + kernel - 1):
-            t = start + place - (kernel - 1) // 2
-            row = padded[place * width : place * width + channels]
-            if 0 <= t < length:
-                source = b * strides[0] + t * strides[1]
-                row[:] = x[source : source + channels]
-            else:
-                row[:] = 0
+        _load_tile(x, b * strides[0], strides[1], start - (kernel - 1) // 2, length, channels, padded, width)
         _convolve_tile(padded, weight, bias, kernel, tile, width)
         for i in range(min(TILE, length - start)):
-            place = (b * length + start + i) * channels
-            out[place : place + channels] = tile[i * width : i * width + channels]
+            _copy(span(tile, i * width, channels), span(out, (b * length + start + i) * channels, channels))
 
 
 @njit(**KERNEL)
 def kernel_depthwise_conv(x, strides, weight, bias, kernel, out, length, width, channels, tiles, parts):
-    """Convolve each channel of x (B, T, channels), given flat with strides of its first two axes, into row-major out.
+    """Convolve each channel of x (B, T, channels), flat with the strides of its first two axes, into row-major out.
 
     weight (kernel * d,) and bias (d,) have their channels padded to d = `width`, a multiple of the vector.
     """

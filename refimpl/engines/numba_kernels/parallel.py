@@ -15,7 +15,11 @@ from numba import typeof, types
 from numba.core import cgutils
 from numba.extending import lower_builtin, type_callable
 
+from . import threads
 from .vector import run_on_threads
+
+# Numba forgets that a cached kernel needs threads if the loop that it links in was cached before it (numba 0.68).
+threads.start()
 
 # error_model "numpy": x / 0 is inf, which needs no branch. "contract" fuses a product with a sum and breaks nothing.
 STEP: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}

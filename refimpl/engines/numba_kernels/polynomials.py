@@ -18,6 +18,7 @@ from llvmlite import ir
 from numba import types
 from numba.core.typing import signature
 from numba.extending import lower_builtin, type_callable
+from numba.np.arrayobj import populate_array
 
 Array = Any
 _FUSE = ("contract",)
@@ -76,6 +77,14 @@ def maximum(a: Any, b: Any) -> Any:
 def accumulate(total: Any, x: Any) -> Any:
     """``total + x`` where the order of the sums around it may change, so that a loop over it is vectorised."""
     return total + x
+
+
+def span(array: Array, start: Any, length: Any) -> Array:
+    """``array[start : start + length]`` of a flat array, as a view that is not counted as a reference.
+
+    Counting is an atomic addition per slice to a number that all threads share: more than the work on a short row.
+    """
+    return array[start : start + length]
 
 
 def full_width() -> None:
@@ -204,6 +213,24 @@ def _lower_maximum(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> 
 @lower_builtin(accumulate, types.Float, types.Float)
 def _lower_accumulate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
     return builder.fadd(*args, flags=("reassoc", "contract"))
+
+
+@type_callable(span)
+def _type_span(context: Any) -> Callable[..., Any]:
+    def typing(array: Any, start: Any, length: Any) -> Any:
+        return array.copy(readonly=False) if isinstance(array, types.Array) and array.ndim == 1 else None
+
+    return typing
+
+
+@lower_builtin(span, types.Array, types.Integer, types.Integer)
+def _lower_span(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+    source = context.make_array(sig.args[0])(context, builder, args[0])
+    view = context.make_array(sig.return_type)(context, builder)
+    populate_array(
+        view, builder.gep(source.data, [args[1]]), [args[2]], [source.itemsize], source.itemsize, meminfo=None
+    )
+    return view._getvalue()
 
 
 @type_callable(full_width)

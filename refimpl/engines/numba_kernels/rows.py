@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 
 from .parallel import KERNEL, STEP, share
-from .polynomials import accumulate, exp, full_width, maximum
+from .polynomials import accumulate, exp, full_width, maximum, span
 
 
 @njit(**STEP)
@@ -43,9 +43,8 @@ def _softmax_rows(x, x_stride, out, k_len, q_len, causal, rows, lanes, first, la
     for lane in range(first, last):
         for i in range(lane, rows, lanes):
             seen = _visible(i, q_len, k_len) if causal else k_len
-            y = out[i * k_len : (i + 1) * k_len]
-            _softmax_row(x[i * x_stride : i * x_stride + seen], y[:seen])
-            y[seen:] = 0
+            _softmax_row(span(x, i * x_stride, seen), span(out, i * k_len, seen))
+            span(out, i * k_len + seen, k_len - seen)[:] = 0
 
 
 @njit(**KERNEL)
@@ -63,8 +62,7 @@ def _layer_norm_rows(x, x_stride, weight, bias, eps, out, first, last):
     full_width()
     width = weight.size
     for i in range(first, last):
-        row = x[i * x_stride : i * x_stride + width]
-        y = out[i * width : (i + 1) * width]
+        row, y = span(x, i * x_stride, width), span(out, i * width, width)
         total = x.dtype.type(0)
         for j in range(width):
             total = accumulate(total, row[j])
@@ -89,8 +87,7 @@ def _rms_norm_rows(x, x_stride, weight, eps, out, first, last):
     full_width()
     width = weight.size
     for i in range(first, last):
-        row = x[i * x_stride : i * x_stride + width]
-        y = out[i * width : (i + 1) * width]
+        row, y = span(x, i * x_stride, width), span(out, i * width, width)
         squares = x.dtype.type(0)
         for j in range(width):
             squares = accumulate(squares, row[j] * row[j])
@@ -111,8 +108,7 @@ def _batch_norm_rows(x, x_stride, mean, scale, bias, out, first, last):
     full_width()
     width = mean.size
     for i in range(first, last):
-        row = x[i * x_stride : i * x_stride + width]
-        y = out[i * width : (i + 1) * width]
+        row, y = span(x, i * x_stride, width), span(out, i * width, width)
         for j in range(width):
             y[j] = (row[j] - mean[j]) * scale[j] + bias[j]
 
@@ -129,8 +125,8 @@ def _add_relative_rows(scores, position, out, length, first, last):
     full_width()
     for i in range(first, last):
         start = i * (2 * length - 1) + length - 1 - i % length
-        x, y = scores[i * length : (i + 1) * length], position[start : start + length]
-        z = out[i * length : (i + 1) * length]
+        x, y = span(scores, i * length, length), span(position, start, length)
+        z = span(out, i * length, length)
         for j in range(length):
             z[j] = x[j] + y[j]
 
@@ -145,7 +141,8 @@ def kernel_add_relative(scores, position, out, length, rows, parts):
 def _hide_future_rows(scores, k_len, q_len, first, last):
     """Set to -inf, in place, the logits after those that a causal mask shows."""
     for i in range(first, last):
-        scores[i * k_len + _visible(i, q_len, k_len) : (i + 1) * k_len] = -np.inf
+        seen = _visible(i, q_len, k_len)
+        span(scores, i * k_len + seen, k_len - seen)[:] = -np.inf
 
 
 @njit(**KERNEL)
@@ -161,7 +158,7 @@ def _hide_masked_rows(scores, mask, strides, heads, q_len, k_len, first, last):
     hidden = scores.dtype.type(-np.inf)
     for i in range(first, last):
         start = i // (q_len * heads) * strides[0] + i // q_len % heads * strides[1] + i % q_len * strides[2]
-        row, shown = scores[i * k_len : (i + 1) * k_len], mask[start : start + k_len]
+        row, shown = span(scores, i * k_len, k_len), span(mask, start, k_len)
         for j in range(k_len):
             row[j] = row[j] if shown[j] else hidden
 

@@ -14,12 +14,12 @@ from threadpoolctl import ThreadpoolController
 from refimpl.errors import ConfigError
 
 
-def share_cores() -> None:
-    """Have idle Numba threads sleep instead of spin, unless the user has chosen. Works before the first kernel runs."""
+def start() -> None:
+    """Start Numba's threads, such that idle ones sleep instead of spin unless the user has chosen otherwise."""
     # Products and kernels alternating, T = 128, d = 384, two cores: 6.8 times their time apart with libgomp's default of
     # spinning, 1.05 with sleeping threads, 1.10 with Numba's "workqueue". A launch costs 8 us asleep (3 spinning, 20 workqueue).
-    with _environment("OMP_WAIT_POLICY", "passive"), contextlib.suppress(ImportError):
-        from numba.np.ufunc import omppool  # noqa: F401  (loads OpenMP, which reads the variable once)
+    with _environment("OMP_WAIT_POLICY", "passive"):  # OpenMP reads it once, when Numba loads it
+        numba.get_num_threads()
 
 
 def count() -> int:

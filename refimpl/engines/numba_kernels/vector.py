@@ -1,29 +1,34 @@
 """Explicit-vector building blocks for the CPU kernels, emitted as LLVM IR.
 
-LLVM's auto-vectoriser neither keeps a matrix tile in registers nor vectorises ``exp``, so the inner loops are written here
-with vector values. Everything works on *panels*: row-major matrices whose rows are `lanes` numbers long (a few vectors) and
-start on a cache line. The width of a vector and the shape of a register tile follow the host's instruction set; LLVM splits
-vectors that a target lacks, so every tile is right everywhere and only its speed differs.
+LLVM's auto-vectoriser neither keeps a matrix tile in registers nor vectorises ``exp``, so the inner loops are
+written here with vector values. They work on *panels*: row-major matrices whose rows are `lanes` numbers long
+(a few vectors), fastest if they start on a cache line. The width of a vector and the shape of a register tile
+follow the instruction set; LLVM splits vectors that a target lacks, so every tile is right everywhere and
+only its speed differs.
 
-In all pictures ``a @ b`` is the matrix product, a *pointer* is a C pointer to float32 or float64, strides count elements, and
-memory is only assumed to be aligned to one element.
+Here ``a @ b`` is the matrix product, a pointer is a C pointer to float32 or float64, strides count elements,
+memory is only assumed to be aligned to one element, and a square of a panel is one vector wide. The private
+functions *emit* code through an IR builder; the public ones are called from compiled code.
+
+Numba's disk cache watches only the file of the outermost function: after editing this file, delete the ``*.nbi``
+files in ``__pycache__``.
 """
 
 from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import llvmlite.binding
-from llvmlite import ir
 import numpy as np
+from llvmlite import ir
 from numba import config, njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-# Fusing a multiplication with the addition after it is the only licence given to LLVM: inf and NaN keep their meaning.
+# Fusing a product with the sum after it is the only licence given to LLVM: inf and NaN keep their meaning.
 _FUSE = ("contract",)
 
 
@@ -42,8 +47,6 @@ class Tile(NamedTuple):
 
 def _target_features() -> set[str]:
     """Name the instruction-set extensions that Numba compiles for."""
-    if config.CPU_NAME and not config.CPU_FEATURES:
-        return set()
     if config.CPU_FEATURES is not None:
         return {name[1:] for name in config.CPU_FEATURES.split(",") if name.startswith("+")}
     return {name for name, present in llvmlite.binding.get_host_cpu_features().items() if present}
@@ -60,10 +63,7 @@ def _choose_tile(features: set[str], machine: str) -> Tile:
     return Tile(vector_bytes=16, vectors=3, rows=4)
 
 
-import os  # TODO remove
 TILE = _choose_tile(_target_features(), platform.machine().lower())
-if os.environ.get("TILE"):
-    TILE = Tile(*map(int, os.environ["TILE"].split(",")))
 
 
 class _ExpShape(NamedTuple):
@@ -99,12 +99,15 @@ class _Vectors:
         self.integers = ir.VectorType(self.integer, self.count)
         self.lanes = panel_lanes(self.itemsize)
 
-    def at(self, pointer: ir.Value, *offsets: ir.Value | int) -> ir.Value:
-        """Move `pointer` by the sum of `offsets` elements."""
-        index = cgutils.intp_t(0)
-        for offset in offsets:
-            index = self.builder.add(index, cgutils.intp_t(offset) if isinstance(offset, int) else offset)
+    def at(self, pointer: ir.Value, elements: ir.Value | int) -> ir.Value:
+        """Move `pointer` by a number of elements."""
+        index = cgutils.intp_t(elements) if isinstance(elements, int) else elements
         return self.builder.gep(pointer, [index])
+
+    def panel_row(self, panel: ir.Value, row: ir.Value | int) -> ir.Value:
+        """Point at a row of a panel."""
+        index = cgutils.intp_t(row) if isinstance(row, int) else row
+        return self.at(panel, self.builder.mul(index, cgutils.intp_t(self.lanes)))
 
     def load(self, pointer: ir.Value) -> ir.Value:
         """Read one vector."""
@@ -142,26 +145,28 @@ class _Vectors:
         return self.builder.fadd(self.builder.fmul(a, b, flags=_FUSE), c, flags=_FUSE)
 
     def maximum(self, running: ir.Value, value: ir.Value) -> ir.Value:
-        """Take the larger; a NaN in `value` leaves `running` as it is (and reaches the result through exp2)."""
+        """Take the larger, ignoring a NaN in `value` (which reaches the result through exp2)."""
         return self.builder.select(self.builder.fcmp_ordered(">", value, running), value, running)
 
-    def exp2(self, x: ir.Value) -> ir.Value:
-        """Compute ``2 ** x`` for x below about 1: 0 where x would give a subnormal number, NaN where x is NaN.
+    def exp2(self, x: ir.Value, scale: ir.Value) -> ir.Value:
+        """Compute ``2 ** (scale * x)`` for x <= 0: 0 instead of a subnormal number, NaN where x is NaN.
 
-        x = n + f with n an integer, |f| <= 1/2. Adding `magic` leaves n + bias in the low bits, whence 2^n by one shift.
+        The exponent is n + f with n an integer, |f| <= 1/2. Adding `magic` rounds it and leaves n + bias in
+        the low bits, whence 2^n by one shift; 2^f is a Taylor polynomial, as long as the mantissa sees.
         """
         shape, builder = _EXP_SHAPES[self.bits], self.builder
         magic = self.constant(1.5 * 2.0**shape.mantissa_bits + shape.exponent_bias)
-        shifted = builder.fadd(x, magic)
-        fraction = builder.fsub(x, builder.fsub(shifted, magic))
-        power = self.constant(math.log(2) ** shape.degree / math.factorial(shape.degree))
-        for k in reversed(range(shape.degree)):
-            term = self.constant(math.log(2) ** k / math.factorial(k))
-            power = self.multiply_add(power, fraction, term)
+        shifted = self.multiply_add(x, scale, magic)
+        n = builder.fsub(shifted, magic)
+        fraction = self.multiply_add(x, scale, builder.fneg(n))
+        terms = [math.log(2) ** k / math.factorial(k) for k in range(shape.degree + 1)]
+        power = self.constant(terms.pop())
+        while terms:
+            power = self.multiply_add(power, fraction, self.constant(terms.pop()))
         shift = ir.Constant(self.integers, [shape.mantissa_bits] * self.count)
-        scale = builder.bitcast(builder.shl(builder.bitcast(shifted, self.integers), shift), self.type)
-        tiny = builder.fcmp_ordered("<", x, self.constant(1.0 - shape.exponent_bias))
-        return builder.select(tiny, self.constant(0.0), builder.fmul(power, scale))
+        two_to_n = builder.bitcast(builder.shl(builder.bitcast(shifted, self.integers), shift), self.type)
+        tiny = builder.fcmp_ordered("<", n, self.constant(1.0 - shape.exponent_bias))
+        return builder.select(tiny, self.constant(0.0), builder.fmul(power, two_to_n))
 
     def transpose(self, rows: list[ir.Value]) -> list[ir.Value]:
         """Transpose a square of vectors: swap off-diagonal blocks of halving size."""
@@ -178,7 +183,9 @@ class _Vectors:
 
     def shuffle(self, a: ir.Value, b: ir.Value, order: list[int]) -> ir.Value:
         """Pick lanes from two vectors laid end to end."""
-        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), self.count), order))
+        return self.builder.shuffle_vector(
+            a, b, ir.Constant(ir.VectorType(ir.IntType(32), self.count), order)
+        )
 
 
 def _variables(builder: ir.IRBuilder, values: Sequence[ir.Value]) -> list[ir.Value]:
@@ -193,31 +200,28 @@ def _assign(builder: ir.IRBuilder, slots: Sequence[ir.Value], values: Sequence[i
         builder.store(value, slot)
 
 
-def _values(builder: ir.IRBuilder, slots: Sequence[ir.Value], kind: ir.Type) -> list[ir.Value]:
+def _current(builder: ir.IRBuilder, slots: Sequence[ir.Value]) -> list[ir.Value]:
     return [builder.load(slot) for slot in slots]
 
 
-def _add_products(
-    vectors: _Vectors,
-    accumulators: Sequence[ir.Value],
-    a: ir.Value,
-    b: ir.Value,
-    depth: ir.Value,
-    row_stride: ir.Value | int,
-    step_stride: ir.Value | int,
-) -> None:
-    """Emit ``accumulators[i, :] += a[i * row_stride + t * step_stride] * b[t, :]`` over all steps t."""
+def _product_tile(
+    vectors: _Vectors, a: ir.Value, b: ir.Value, depth: ir.Value, row_stride: ir.Value, step_stride: ir.Value
+) -> list[list[ir.Value]]:
+    """Emit the rows i of a tile, ``sum over t of a[i * row_stride + t * step_stride] * b[t, :]``.
+
+    The sums stay in registers; each step reads one row of the panel b and one number of each row of a.
+    """
     builder = vectors.builder
-    as_value = lambda n: cgutils.intp_t(n) if isinstance(n, int) else n
-    row_starts = [vectors.at(a, builder.mul(cgutils.intp_t(i), as_value(row_stride))) for i in range(TILE.rows)]
+    starts = [vectors.at(a, builder.mul(cgutils.intp_t(i), row_stride)) for i in range(TILE.rows)]
+    sums = [_variables(builder, [vectors.constant(0.0)] * TILE.vectors) for _ in starts]
     with cgutils.for_range(builder, depth) as loop:
-        panel_row = vectors.load_row(vectors.at(b, builder.mul(loop.index, cgutils.intp_t(vectors.lanes))))
-        step = builder.mul(loop.index, as_value(step_stride))
-        for i, start in enumerate(row_starts):
+        panel_row = vectors.load_row(vectors.panel_row(b, loop.index))
+        step = builder.mul(loop.index, step_stride)
+        for start, slots in zip(starts, sums, strict=True):
             factor = vectors.load_scalar(vectors.at(start, step))
-            for v, value in enumerate(panel_row):
-                slot = accumulators[i * TILE.vectors + v]
-                builder.store(vectors.multiply_add(factor, value, builder.load(slot)), slot)
+            terms = zip(panel_row, _current(builder, slots), strict=True)
+            _assign(builder, slots, [vectors.multiply_add(factor, value, total) for value, total in terms])
+    return [_current(builder, slots) for slots in sums]
 
 
 @intrinsic
@@ -253,82 +257,85 @@ def fetch_add(typingctx: Any, counter: Any) -> Any:
 
 @intrinsic
 def dot_tile(typingctx: Any, out: Any, a: Any, b: Any, depth: Any, row_stride: Any) -> Any:
-    """Set the tile ``out = a @ b``: a is (rows, depth) with rows `row_stride` apart, b (depth, lanes) a panel."""
+    """Set the tile ``out = a @ b``: a (rows, depth), rows `row_stride` apart, b (depth, lanes) a panel."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         vectors = _Vectors(builder, out)
         target, left, right, steps, stride = args
-        sums = _variables(builder, [vectors.constant(0.0)] * (TILE.rows * TILE.vectors))
-        _add_products(vectors, sums, left, right, steps, stride, 1)
-        for i in range(TILE.rows):
-            row = _values(builder, sums[i * TILE.vectors : (i + 1) * TILE.vectors], vectors.type)
-            vectors.store_row(row, vectors.at(target, i * vectors.lanes))
+        for i, row in enumerate(_product_tile(vectors, left, right, steps, stride, cgutils.intp_t(1))):
+            vectors.store_row(row, vectors.panel_row(target, i))
         return context.get_dummy_value()
 
     return types.void(out, out, out, types.intp, types.intp), codegen
 
 
 @intrinsic
-def rescale_add_tile(typingctx: Any, out: Any, factor: Any, a: Any, b: Any, depth: Any, step_stride: Any) -> Any:
-    """Set the tile ``out = factor * out + a.T @ b``: a is (depth, rows) with rows `step_stride` apart, b a panel."""
+def rescale_add_tile(
+    typingctx: Any, out: Any, factor: Any, a: Any, b: Any, depth: Any, step_stride: Any
+) -> Any:
+    """Set the tile ``out = factor * out + a.T @ b``: a (depth, rows), rows `step_stride` apart, b a panel."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         vectors = _Vectors(builder, out)
         target, factors, left, right, steps, stride = args
+        sums = _product_tile(vectors, left, right, steps, cgutils.intp_t(1), stride)
         factor_row = vectors.load_row(factors)
-        scaled = []
-        for i in range(TILE.rows):
-            row = vectors.load_row(vectors.at(target, i * vectors.lanes))
-            scaled += [builder.fmul(x, y) for x, y in zip(row, factor_row, strict=True)]
-        sums = _variables(builder, scaled)
-        _add_products(vectors, sums, left, right, steps, 1, stride)
-        for i in range(TILE.rows):
-            row = _values(builder, sums[i * TILE.vectors : (i + 1) * TILE.vectors], vectors.type)
-            vectors.store_row(row, vectors.at(target, i * vectors.lanes))
+        for i, row in enumerate(sums):
+            place = vectors.panel_row(target, i)
+            old = vectors.load_row(place)
+            vectors.store_row(list(map(vectors.multiply_add, factor_row, old, row)), place)
         return context.get_dummy_value()
 
     return types.void(out, out, out, out, types.intp, types.intp), codegen
 
 
+def _row_maxima(vectors: _Vectors, panel: ir.Value, rows: ir.Value, start: list[ir.Value]) -> list[ir.Value]:
+    """Emit the maximum of each lane over the rows of a panel and `start`."""
+    maxima = _variables(vectors.builder, start)
+    with cgutils.for_range(vectors.builder, rows) as loop:
+        row = vectors.load_row(vectors.panel_row(panel, loop.index))
+        _assign(vectors.builder, maxima, list(map(vectors.maximum, _current(vectors.builder, maxima), row)))
+    return _current(vectors.builder, maxima)
+
+
+def _exponentiate(
+    vectors: _Vectors, panel: ir.Value, rows: ir.Value, scale: ir.Value, maxima: list[ir.Value]
+) -> list[ir.Value]:
+    """Emit ``panel = 2 ** (scale * (panel - maxima))`` and return the sum of each lane."""
+    builder = vectors.builder
+    sums = _variables(builder, [vectors.constant(0.0)] * TILE.vectors)
+    with cgutils.for_range(builder, rows) as loop:
+        place = vectors.panel_row(panel, loop.index)
+        below = map(builder.fsub, vectors.load_row(place), maxima)
+        weights = [vectors.exp2(x, scale) for x in below]
+        vectors.store_row(weights, place)
+        _assign(builder, sums, list(map(builder.fadd, _current(builder, sums), weights)))
+    return _current(builder, sums)
+
+
 @intrinsic
 def online_softmax(typingctx: Any, scores: Any, rows: Any, log2_scale: Any, state: Any) -> Any:
-    """Turn a panel of scores into weights relative to the running maximum of each lane.
+    """Turn rows of scores s into weights ``2 ** (log2_scale * (s - m))`` and update `state`.
 
-    `state` holds four panel rows: running maximum of the scores, the shift subtracted so far (in powers of two), running sum
-    of the weights, and, set here, the factor by which everything accumulated before this panel must be multiplied.
+    `state` is a (3, lanes) panel: for each lane the maximum m of all its scores so far, the sum of its
+    weights, and the factor, set here, by which all that was accumulated before must be multiplied. Where all
+    scores are -inf, 0 stands for m.
     """
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         vectors = _Vectors(builder, scores)
-        panel, count, scale, place = args
-        lanes = cgutils.intp_t(vectors.lanes)
-        places = [vectors.at(place, r * vectors.lanes) for r in range(4)]
-        maxima = _variables(builder, vectors.load_row(places[0]))
-        with cgutils.for_range(builder, count) as loop:
-            row = vectors.load_row(vectors.at(panel, builder.mul(loop.index, lanes)))
-            old = _values(builder, maxima, vectors.type)
-            _assign(builder, maxima, [vectors.maximum(m, s) for m, s in zip(old, row, strict=True)])
-        maxima = _values(builder, maxima, vectors.type)
-        scale = vectors.splat(scale)
-        nothing = vectors.constant(-math.inf)
-        unseen = [builder.fcmp_ordered("==", m, nothing) for m in maxima]
-        shifts = [builder.select(u, vectors.constant(0.0), builder.fmul(m, scale)) for u, m in zip(unseen, maxima)]
-        old_shifts = vectors.load_row(places[1])
-        factors = [vectors.exp2(builder.fsub(a, b)) for a, b in zip(old_shifts, shifts)]
-        old_sums = vectors.load_row(places[2])
-        sums = _variables(builder, [builder.fmul(x, y) for x, y in zip(old_sums, factors)])
-        vectors.store_row(maxima, places[0])
-        vectors.store_row([builder.select(u, nothing, s) for u, s in zip(unseen, shifts)], places[1])
-        vectors.store_row(factors, places[3])
-        negated = [builder.fneg(s) for s in shifts]
-        with cgutils.for_range(builder, count) as loop:
-            start = vectors.at(panel, builder.mul(loop.index, lanes))
-            row = vectors.load_row(start)
-            weights = [vectors.exp2(vectors.multiply_add(s, scale, n)) for s, n in zip(row, negated)]
-            vectors.store_row(weights, start)
-            old = _values(builder, sums, vectors.type)
-            _assign(builder, sums, [builder.fadd(o, w) for o, w in zip(old, weights)])
-        vectors.store_row(_values(builder, sums, vectors.type), places[2])
+        panel, count, scale = args[0], args[1], vectors.splat(args[2])
+        maximum_row, sum_row, factor_row = (vectors.panel_row(args[3], r) for r in range(3))
+        old_maxima, old_sums = vectors.load_row(maximum_row), vectors.load_row(sum_row)
+
+        maxima = _row_maxima(vectors, panel, count, old_maxima)
+        vectors.store_row(maxima, maximum_row)
+        unseen = [builder.fcmp_ordered("==", m, vectors.constant(-math.inf)) for m in maxima]
+        maxima = [builder.select(u, vectors.constant(0.0), m) for u, m in zip(unseen, maxima, strict=True)]
+        factors = [vectors.exp2(x, scale) for x in map(builder.fsub, old_maxima, maxima)]
+        vectors.store_row(factors, factor_row)
+        sums = _exponentiate(vectors, panel, count, scale, maxima)
+        vectors.store_row(list(map(builder.fadd, old_sums, sums)), sum_row)
         return context.get_dummy_value()
 
     return types.void(scores, types.intp, log2_scale, scores), codegen
@@ -336,7 +343,7 @@ def online_softmax(typingctx: Any, scores: Any, rows: Any, log2_scale: Any, stat
 
 @intrinsic
 def transpose_in(typingctx: Any, out: Any, a: Any, row_stride: Any, factor: Any) -> Any:
-    """Set one square of a panel, one vector wide, to ``factor * a.T``; rows of a are `row_stride` apart."""
+    """Set one square of a panel to ``factor * a.T``; rows of a are `row_stride` apart."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         vectors = _Vectors(builder, out)
@@ -345,7 +352,7 @@ def transpose_in(typingctx: Any, out: Any, a: Any, row_stride: Any, factor: Any)
         starts = [vectors.at(source, builder.mul(cgutils.intp_t(r), stride)) for r in range(vectors.count)]
         rows = [builder.fmul(vectors.load(start), times) for start in starts]
         for r, row in enumerate(vectors.transpose(rows)):
-            vectors.store(row, vectors.at(target, r * vectors.lanes))
+            vectors.store(row, vectors.panel_row(target, r))
         return context.get_dummy_value()
 
     return types.void(out, out, types.intp, factor), codegen
@@ -353,13 +360,13 @@ def transpose_in(typingctx: Any, out: Any, a: Any, row_stride: Any, factor: Any)
 
 @intrinsic
 def transpose_out(typingctx: Any, out: Any, row_stride: Any, a: Any, factors: Any) -> Any:
-    """Set a square of rows `row_stride` apart to ``(a * factors).T``, where a is one vector wide in a panel."""
+    """Set a square of rows `row_stride` apart to ``(a * factors).T``, where a is a square of a panel."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         vectors = _Vectors(builder, out)
         target, stride, source, factor = args
         times = vectors.load(factor)
-        rows = [vectors.load(vectors.at(source, r * vectors.lanes)) for r in range(vectors.count)]
+        rows = [vectors.load(vectors.panel_row(source, r)) for r in range(vectors.count)]
         rows = vectors.transpose([builder.fmul(row, times) for row in rows])
         for r, row in enumerate(rows):
             vectors.store(row, vectors.at(target, builder.mul(cgutils.intp_t(r), stride)))
@@ -370,7 +377,7 @@ def transpose_out(typingctx: Any, out: Any, row_stride: Any, a: Any, factors: An
 
 @intrinsic
 def hide_square(typingctx: Any, scores: Any, mask: Any, row_stride: Any) -> Any:
-    """Set one square of a panel, one vector wide, to -inf where ``mask.T`` is 0; rows of the mask are `row_stride` bytes apart."""
+    """Set one square of a panel to -inf where ``mask.T`` is 0; its rows are `row_stride` bytes apart."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         vectors = _Vectors(builder, scores)
@@ -380,7 +387,7 @@ def hide_square(typingctx: Any, scores: Any, mask: Any, row_stride: Any) -> Any:
         rows = [builder.load(builder.bitcast(start, bits.as_pointer()), align=1) for start in starts]
         hidden, zeros = vectors.constant(-math.inf), ir.Constant(bits, [0] * vectors.count)
         for r, row in enumerate(vectors.transpose(rows)):
-            place = vectors.at(panel, r * vectors.lanes)
+            place = vectors.panel_row(panel, r)
             seen = builder.icmp_unsigned("!=", row, zeros)
             vectors.store(builder.select(seen, vectors.load(place), hidden), place)
         return context.get_dummy_value()
@@ -390,31 +397,33 @@ def hide_square(typingctx: Any, scores: Any, mask: Any, row_stride: Any) -> Any:
 
 @intrinsic
 def skew_add(typingctx: Any, scores: Any, rows: Any, positions: Any) -> Any:
-    """Add ``scores[j, i] += positions[j - i + lanes - 1, i]``; `positions`, with ``rows + lanes - 1`` rows, is used up.
+    """Add ``scores[j, i] += positions[j - i + lanes - 1, i]``; the positions are overwritten.
 
-    Within a vector, lane c must come from c rows above: for each bit of c one pass moves the lanes that have that bit.
+    Within a vector, lane c must come from c rows above: for each bit of c one pass moves the lanes that have
+    that bit.
     """
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         vectors = _Vectors(builder, scores)
         panel, count, skewed = args
-        lanes = cgutils.intp_t(vectors.lanes)
         last = builder.add(count, cgutils.intp_t(vectors.lanes - 2))
         shift = vectors.count // 2
         while shift:
             order = [c + vectors.count if c & shift else c for c in range(vectors.count)]
             with cgutils.for_range(builder, builder.sub(last, cgutils.intp_t(shift - 1))) as loop:
-                here = vectors.at(skewed, builder.mul(builder.sub(last, loop.index), lanes))
-                above = vectors.load_row(vectors.at(here, -shift * vectors.lanes))
-                moved = [vectors.shuffle(a, b, order) for a, b in zip(vectors.load_row(here), above, strict=True)]
+                here = vectors.panel_row(skewed, builder.sub(last, loop.index))
+                above = vectors.load_row(vectors.panel_row(here, -shift))
+                moved = [
+                    vectors.shuffle(a, b, order) for a, b in zip(vectors.load_row(here), above, strict=True)
+                ]
                 vectors.store_row(moved, here)
             shift //= 2
         with cgutils.for_range(builder, count) as loop:
-            here = vectors.at(panel, builder.mul(loop.index, lanes))
+            here = vectors.panel_row(panel, loop.index)
             row = vectors.load_row(here)
             for v, value in enumerate(row):
                 distance = (vectors.lanes - 1 - v * vectors.count) * vectors.lanes + v * vectors.count
-                add = vectors.load(vectors.at(skewed, builder.mul(loop.index, lanes), distance))
+                add = vectors.load(vectors.at(vectors.panel_row(skewed, loop.index), distance))
                 vectors.store(builder.fadd(value, add), vectors.at(here, v * vectors.count))
         return context.get_dummy_value()
 
@@ -434,11 +443,12 @@ def _invoke(typingctx: Any, function: Any, thread: Any, argument: Any) -> Any:
 
 
 @njit(parallel=True, nogil=True, cache=True)
-def run_on_threads(threads, function, argument):
-    """Call ``function(thread, argument)``, both given by address, for thread = 0, 1, ..., threads - 1 at the same time.
+def run_on_threads(threads: int, function: int, argument: int) -> None:
+    """Call ``function(thread, argument)``, both given by address, for all thread < threads at once.
 
-    A kernel called inside ``prange`` would be compiled anew in each of the layers that Numba wraps around a parallel loop, six
-    times in all. This loop knows a kernel by its address only, so the kernel is compiled once, and the loop serves all kernels.
+    A kernel called inside ``prange`` would be compiled anew in each of the layers that Numba wraps around a
+    parallel loop, six times in all. This loop knows kernels by address only: each is compiled once, and one
+    loop serves all.
     """
     for thread in prange(threads):
         _invoke(function, np.intp(thread), argument)

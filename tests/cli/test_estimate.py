@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import effref as package
+import pytest
+
+from costmodel.hardware import presets
+
+from .conftest import TINY, error_of, profile
+
+SMALL = ["estimate", *TINY, "--hardware", "xeon-8480"]
+
+
+def test_schema(effref) -> None:
+    found = json.loads(effref(*SMALL, "--seq", "64", "--method", "reuse", "--format", "json").stdout)
+    assert {"schema_version", "context", "config", "hardware", "results", "notes"} == set(found)
+    assert {"date", "host", "cpu", "gpu", "threads", "blas", "versions", "commit"} == set(found["context"])
+    assert {"name", "level", "source", "fitted_on", "residuals"} <= set(found["hardware"])
+    (result,) = found["results"]
+    assert {
+        "method", "params", "seq", "batch", "phase", "device", "engine", "components", "total", "params_bytes",
+        "cache_bytes", "peak_bytes", "speedup",
+    } == set(result)  # fmt: skip
+    assert result["params"]["group"] == 2
+    assert {
+        "calls", "matmul_flops", "vector_flops", "bytes_read", "bytes_written", "predicted_s", "predicted_low_s",
+        "predicted_high_s", "bound",
+    } == set(result["total"]) == set(result["components"][0]) - {"component"}  # fmt: skip
+    assert set(result["speedup"]) == {"dense", "flash"}
+
+
+def test_components_add_up(effref) -> None:
+    for result in package.estimate(seq=(64, 128), hardware="epyc-9654")["results"]:
+        for name in ("calls", "matmul_flops", "vector_flops", "bytes_read", "bytes_written"):
+            assert sum(row[name] for row in result["components"]) == result["total"][name]
+        seconds = sum(row["predicted_s"] for row in result["components"])
+        assert seconds == pytest.approx(result["total"]["predicted_s"], rel=1e-12)
+
+
+def test_several_lengths_equal_single_ones(effref) -> None:
+    together = package.estimate(seq=(32, 64, 1024), hardware="l4")["results"]
+    single = [one for seq in (32, 64, 1024) for one in package.estimate(seq=seq, hardware="l4")["results"]]
+    assert together == single
+
+
+def test_speedup_is_the_ratio_of_totals() -> None:
+    found = {one["method"]: one for one in package.estimate(seq=2048, hardware="h100-sxm", device="gpu")["results"]}
+    seconds = {name: one["total"]["predicted_s"] for name, one in found.items()}
+    assert found["reuse"]["speedup"]["flash"]["predicted"] == pytest.approx(seconds["flash"] / seconds["reuse"])
+    alone = package.estimate(seq=2048, method="reuse", hardware="h100-sxm", device="gpu")["results"]
+    assert alone == [found["reuse"]]
+
+
+def test_hardware_decides_the_device() -> None:
+    assert package.estimate(seq=8, hardware="l4")["results"][0]["device"] == "gpu"
+    assert package.estimate(seq=8, hardware="epyc-9654")["results"][0]["engine"] == "numba"
+
+
+def test_default_model_is_the_method_s_own() -> None:
+    assert package.estimate(seq=64, method="reuse", hardware="l4")["config"]["model"]["name"] == "conformer-m"
+
+
+def test_csv_has_one_row_per_method_length_and_component(effref) -> None:
+    text = effref(*SMALL, "--seq", "16,32", "--method", "dense,reuse", "--format", "csv").stdout
+    rows = list(csv.DictReader(io.StringIO(text)))
+    found = package.estimate(
+        seq=(16, 32), method=("dense", "reuse"), hardware="xeon-8480",
+        overrides={"layers": 2, "d_model": 32, "heads": 2, "d_ff": 64},
+    )["results"]  # fmt: skip
+    assert len(rows) == sum(len(one["components"]) + 1 for one in found)
+    assert len({(row["method"], row["seq"], row["component"], row["device"]) for row in rows}) == len(rows)
+    assert float(rows[0]["predicted_s"]) == found[0]["components"][0]["predicted_s"]
+
+
+def test_tables_fit_a_terminal(effref) -> None:
+    for arguments in (["--seq", "2^8:2^11"], ["--seq", "4096", "--method", "reuse"]):
+        result = effref(*SMALL, *arguments)
+        assert result.exit_code == 0
+        assert max(map(len, result.stdout.splitlines())) <= 120
+        assert result.stderr == ""
+
+
+def test_markdown(effref) -> None:
+    text = effref(*SMALL, "--seq", "16", "--method", "flash", "--format", "md").stdout
+    assert "| component | bound | calls |" in text
+    assert "| **total** |" in text
+
+
+def test_baseline_chooses_the_ratio(effref) -> None:
+    both = effref(*SMALL, "--seq", "64", "--method", "reuse").stdout
+    assert "speed of dense" in both
+    assert "speed of flash" in both
+    one = effref(*SMALL, "--seq", "64", "--method", "reuse", "--baseline", "flash").stdout
+    assert "speed of dense" not in one
+
+
+def test_without_a_profile_the_nearest_preset_is_scaled_and_said(effref) -> None:
+    result = effref("estimate", *TINY, "--seq", "64", "--threads", "2")
+    assert result.exit_code == 0
+    assert "lower bounds" in result.stderr
+    assert "scaled to 2 of" in result.stdout
+
+
+def test_scaling_shares_compute_and_private_caches() -> None:
+    from effref.machines import scaled
+
+    whole = presets()["epyc-9654"]
+    part = scaled(whole, 24)
+    assert part.matmul_flops_per_s["float32"] == whole.matmul_flops_per_s["float32"] / 4
+    sizes = {level.level: level.size_bytes for level in part.memory}
+    full = {level.level: level.size_bytes for level in whole.memory}
+    assert sizes["L2"] == full["L2"] / 4
+    assert sizes["L3"] == full["L3"]
+    assert part.memory[-1] == whole.memory[-1]
+    assert scaled(whole, 200) is whole
+
+
+def test_profile_of_this_machine_is_used(effref) -> None:
+    from effref import profiles
+
+    profiles.save(profile(), "numba", 3, "float32")
+    result = effref("estimate", *TINY, "--seq", "64", "--threads", "3", "--format", "json")
+    assert result.stderr == ""
+    found = json.loads(result.stdout)
+    assert found["hardware"]["level"] == "calibrated"
+    total = found["results"][0]["total"]
+    assert total["predicted_low_s"] == pytest.approx(0.9 * total["predicted_s"])
+
+
+def test_profile_file(effref, tmp_path: Path) -> None:
+    place = tmp_path / "machine.json"
+    place.write_text(profile(name="other").to_json())
+    assert "hardware other (level calibrated" in effref(*SMALL[:-1], str(place), "--seq", "8").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--method resue", "did you mean 'reuse'"),
+        ("--model conformer-n", "did you mean 'conformer-m'"),
+        ("--model ./nothing.json", "no such file"),
+        ("--seq 0", "length 0"),
+        ("--seq -5", "length '-5'"),
+        ("--seq ,", "length ''"),
+        ("--heads 3 --d-model 32", "does not divide"),
+        ("--layers 0", "--layers"),
+        ("--batch -1", "--batch"),
+        ("--set reuse.gruop=4", "did you mean 'group'"),
+        ("--set reuse.group=0", "at least 1"),
+        ("--set reuse.group=two", "whole number"),
+        ("--set dense.x=1", "no parameters"),
+        ("--method dense --set reuse.group=4", "not among the methods: dense"),
+        ("--phase decode", "unknown phase 'decode'"),
+        ("--hardware h10-sxm", "did you mean 'h100-sxm'"),
+        ("--hardware local", "run 'effref calibrate'"),
+        ("--hardware nothing.json", "cannot read"),
+        ("--dtype float33", "float33"),
+        ("--engine nunba", "did you mean 'numba'"),
+        ("--engine numba --device gpu", "runs on the cpu"),
+        ("--threads 0", "--threads"),
+        ("--hardware l4 --device cpu", "is a gpu"),
+        ("--hardware ryzen-7840u --engine cupy", "is a cpu"),
+        ("--sek 5", "--seq"),
+        ("--format yaml", "yaml"),
+        ("--hardware snapdragon-8-gen-3 --dtype float64 --model ./x/", "no such file"),
+        ("extra", "extra"),
+    ],
+)
+def test_hostile_requests_get_one_line(effref, arguments: str, said: str) -> None:
+    assert said in error_of(effref("estimate", *arguments.split()))
+
+
+def test_corrupted_profile(effref) -> None:
+    from effref import profiles
+
+    place = profiles.path("numba", 1, "float32")
+    place.parent.mkdir(parents=True)
+    for text in ("{", "[]", '{"profile_schema": 0}', '{"profile_schema": 1}', "\x00\xff"):
+        place.write_bytes(text.encode("latin-1"))
+        assert "effref calibrate" in error_of(effref("estimate", *TINY, "--seq", "8", "--threads", "1"))
+
+
+def test_python_surface_checks_too() -> None:
+    from refimpl.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="seq is 0"):
+        package.estimate(seq=0)
+    with pytest.raises(ConfigError, match="no method"):
+        package.estimate(method=())
+    with pytest.raises(ConfigError, match="threads is 0"):
+        package.estimate(threads=0)
