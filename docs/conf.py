@@ -20,5 +20,6 @@ napoleon_use_ivar = True  # attributes as a list, not as objects of their own
 
 html_theme = "furo"
 html_title = "effref"
+
 # Equations are drawn in the reader's browser by MathJax, which it loads when a page is opened. For readers without a
-# network, put MathJax 3 into _static and set mathjax_path = "mathjax/tex-mml-chtml.js"; every equation is also there as text.
+# network, put MathJax into _static and set mathjax_path to it; every equation is also there as text.

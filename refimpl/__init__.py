@@ -1,9 +1,10 @@
 """Forward passes of efficient-attention methods: equations in NumPy, fast in Numba, on the GPU through CuPy.
 
-import refimpl
-model = refimpl.load_model("conformer-m")
-run = refimpl.forward(model, inputs, method="reuse", params={"group": 2}, engine="numba")
-run.output, run.breakdown
+Example::
+
+    model = refimpl.load_model("conformer-m")
+    run = refimpl.forward(model, inputs, method="reuse", params={"group": 2}, engine="numba")
+    run.output, run.breakdown
 """
 
 from refimpl.config import ModelConfig, Workload

@@ -1,7 +1,6 @@
 """Runs an engine's ops under a component's name and notes each call: component, op, sizes, seconds.
 
-at = Recorder(engine).at
-s = at(SCORES).scores(q, k, scale)
+A program is given ``at = Recorder(engine).at`` and writes ``at(SCORES).scores(q, k, scale)``.
 """
 
 from __future__ import annotations

@@ -236,6 +236,8 @@ def assert_equal(row: list[str], figures: list[Any], letters: dict[str, Any]) ->
 
 
 def test_every_method_page_has_formula_tables() -> None:
+    marked = sum(page.read_text("utf-8").count("<!-- formulas") for page in (DOCS / "methods").glob("*.md"))
+    assert marked == len(FORMULAS), "a table does not follow its comment"
     for method in CATALOG:
         assert any(what.split()[0] == method for what, _ in tables(DOCS / "methods" / f"{method}.md", "formulas")), (
             method

@@ -1,8 +1,9 @@
 """A caching allocator for the results of the CPU engine.
 
-NumPy returns a large freed array to the operating system and page-faults the next one anew, which costs more than many ops
-and makes timings irregular. Here a block of memory is kept and handed out again once no array refers to it: every view of
-a block holds a reference to the block's owner (NumPy collapses ``base``), so CPython's reference count tells.
+NumPy returns a large freed array to the operating system and page-faults the next one anew, which costs more than
+many ops and makes timings irregular. Here a block of memory is kept and handed out again once no array refers to it:
+every view of a block holds a reference to the block's owner (NumPy collapses ``base``), so CPython's reference count
+tells.
 """
 
 from __future__ import annotations
@@ -120,11 +121,14 @@ class Buffers:
         return blocks[-1]
 
     def _live_bytes(self) -> int:
-        return sum(block.requested for blocks in self._blocks.values() for block in blocks if not block.free)
+        every = [block for blocks in self._blocks.values() for block in blocks]
+        return sum(block.requested for block in every if not block.free)
 
     def _drop(self, keep_bytes: int) -> None:
         """Forget unused blocks, oldest first, until at most `keep_bytes` of them remain."""
-        unused = [(capacity, block) for capacity, blocks in self._blocks.items() for block in blocks if block.free]
+        unused = [
+            (capacity, block) for capacity, blocks in self._blocks.items() for block in blocks if block.free
+        ]
         excess = sum(capacity for capacity, _ in unused) - keep_bytes
         for capacity, block in unused:
             if excess <= 0:

@@ -145,7 +145,7 @@ class NumpyEngine:
             from scipy.special import erf
 
             self._erf = erf
-        return self._erf(x)
+        return self.xp.astype(self._erf(x), x.dtype, copy=False)  # SciPy has no float16
 
     # --- attention ----------------------------------------------------------------------------------------------
 

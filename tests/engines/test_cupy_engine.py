@@ -117,7 +117,9 @@ extern "C" int run_{index}(unsigned* shape, void** arguments) {{ return run({nam
 extern "C" const char* kinds_{index}() {{ return kinds({name}); }}
 """
 
-GUARD = 64  # NaN elements around every array: reads beyond it poison the result, writes beyond it are found
+# Around every array lie signalling NaNs: what reads them poisons its result, what computes and writes there quiets them.
+GUARD = 512  # elements
+SIGNALS = {np.float16: (np.uint16, 0x7D00), np.float32: (np.uint32, 0x7FA00000), np.float64: (np.uint64, 0x7FF4 << 48)}
 
 
 class HostArray(np.ndarray):
@@ -260,10 +262,13 @@ class HostCupy(types.ModuleType):
 
     def empty(self, shape, dtype=np.float64):
         size = math.prod(shape)
-        padding = 2 * GUARD + (-size) % GUARD
-        memory = np.full(size + padding, np.nan if np.dtype(dtype).kind == "f" else 1, dtype)
-        if memory.dtype.kind == "f":
-            self.guarded = [*self.guarded[-3:], (memory, size)]  # the last few; more would be slow
+        memory = np.full(size + 2 * GUARD, np.nan if np.dtype(dtype).kind == "f" else 1, dtype)
+        if memory.dtype.type in SIGNALS:
+            bits, signal = SIGNALS[memory.dtype.type]
+            guards = memory.view(bits)[:GUARD], memory.view(bits)[GUARD + size :]
+            for guard in guards:
+                guard[...] = signal
+            self.guarded = [*self.guarded[-3:], (guards, signal)]  # the last few; more would be slow
         self.allocated.append(size * memory.dtype.itemsize)
         return memory[GUARD : GUARD + size].reshape(shape).view(HostArray)
 
@@ -281,9 +286,8 @@ class HostCupy(types.ModuleType):
         return np.array(array)
 
     def check_guards(self):
-        for memory, size in self.guarded:
-            around = memory[:GUARD], memory[GUARD + size :]
-            assert all(np.isnan(part).all() for part in around), "written outside an array"
+        for guards, signal in self.guarded:
+            assert all((guard == signal).all() for guard in guards), "written outside an array"
 
 
 # --- engines --------------------------------------------------------------------------------------------------------

@@ -20,9 +20,11 @@ outputs lie in panels; see `vector`.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numba
@@ -51,6 +53,7 @@ Array = npt.NDArray[Any]
 _KEY_BLOCK = 128  # keys per step, a multiple of a tile's rows; a panel's weights stay in the nearest cache
 _PANELS = 8  # panels of queries per work item: every copied block of keys and values is used that often
 _ITEMS_PER_THREAD = 4  # at least, where there are enough queries, so that threads finish together
+_SMALL_CALL_FLOPS = 2_000_000  # less is done in the calling thread, sooner than others wake up
 _CACHE_LINE = 64  # bytes
 
 _ROWS = TILE.rows  # of a register tile: fixed by the instruction set, a constant in compiled code
@@ -388,11 +391,21 @@ def _call_dtype(number: np.dtype[Any]) -> np.dtype[np.void]:
     return np.dtype(list(kinds.items()), align=True)
 
 
+class Kernel(NamedTuple):
+    """A compiled kernel: its address, and a way to run it in the calling thread without the interpreter lock."""
+
+    code: Any  # keeps the compiled code alive
+    address: int
+    call: Callable[[int, int], None]
+
+
 @functools.cache
-def _compiled(number: np.dtype[Any]) -> Any:
+def _compiled(number: np.dtype[Any]) -> Kernel:
     """Compile the kernel for arrays of type `number`, or load it from Numba's disk cache."""
     record = types.CPointer(numba.from_dtype(_call_dtype(number)))
-    return cfunc(types.void(types.intp, record), cache=True, error_model="numpy")(_kernel_attention)
+    code = cfunc(types.void(types.intp, record), cache=True, error_model="numpy")(_kernel_attention)
+    call = ctypes.CFUNCTYPE(None, ctypes.c_ssize_t, ctypes.c_ssize_t)(code.address)
+    return Kernel(code, code.address, call)
 
 
 def _plan(q: Array, v: Array, threads: int, causal: bool, masked: bool, relative: bool) -> Sizes:
@@ -444,7 +457,9 @@ def _readable(x: Array) -> Array:
     return x if contiguous and not any(stride % x.itemsize for stride in x.strides) else x.copy(order="C")
 
 
-def _operand(x: Array) -> Operand:
+def _operand(x: Array | None) -> Operand:
+    if x is None:
+        return Operand(0, 0, 0, 0, 0)
     return Operand(x.ctypes.data, *(stride // x.itemsize for stride in x.strides))
 
 
@@ -463,15 +478,17 @@ def _attend(
     B, Hq, Tq, _ = q.shape
     if out.size == 0:
         return
-    threads = numba.get_num_threads()
+    work = 2 * out.size // v.shape[3] * k.shape[2] * (k.shape[3] + v.shape[3])
+    threads = numba.get_num_threads() if work > _SMALL_CALL_FLOPS else 1
     sizes = _plan(q, v, threads, causal, mask is not None, p is not None)
     place = _layout(sizes)
     scratch = np.empty(threads * place.end + _CACHE_LINE, q.dtype)
     next_item = np.zeros(1, np.int64)
     q, k, v = _readable(q), _readable(k), _readable(v)
-    q_position = q if q_position is None else _readable(q_position)
-    p = q if p is None else _readable(p)[None]  # (1, H, 2 * Tq - 1, D)
-    mask = np.ones((1, 1, 1, 1), bool) if mask is None else np.broadcast_to(mask, (B, Hq, Tq, k.shape[2]))
+    if q_position is not None and p is not None:
+        q_position, p = _readable(q_position), _readable(p)[None]  # p: (1, H, 2 * Tq - 1, D)
+    if mask is not None:
+        mask = np.broadcast_to(mask, (B, Hq, Tq, k.shape[2]))
     call = Call(
         q=_operand(q),
         q_position=_operand(q_position),
@@ -488,7 +505,11 @@ def _attend(
         log2_scale=abs(scale) / math.log(2) if scale else 1.0,
     )
     record = np.array([call], _call_dtype(q.dtype))
-    run_on_threads(threads, _compiled(q.dtype).address, record.ctypes.data)
+    kernel = _compiled(q.dtype)
+    if threads == 1:
+        kernel.call(0, record.ctypes.data)
+    else:
+        run_on_threads(threads, kernel.address, record.ctypes.data)
 
 
 def _attend_one_query(q: Array, k: Array, v: Array, scale: float, mask: Array | None, out: Array) -> None:

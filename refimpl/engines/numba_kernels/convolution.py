@@ -19,11 +19,17 @@ ROWS = 8  # output rows whose sums are held in registers together
 VECTOR_BYTES = _REGISTERS.vector_bytes
 
 
+def padded_width(channels: int, itemsize: int) -> int:
+    """Channels rounded up to whole vectors."""
+    lanes = VECTOR_BYTES // itemsize
+    return -(-channels // lanes) * lanes
+
+
 @intrinsic
 def _convolve_block(
     typingctx: Any, window: Any, weight: Any, bias: Any, out: Any, kernel: Any, width: Any
 ) -> Any:
-    """Convolve ROWS rows of one vector of channels: every array starts at these channels, its rows `width` apart.
+    """Convolve ROWS rows of one vector of channels, at which every array starts; rows are `width` apart.
 
     LLVM's loop vectoriser does not keep sums in registers while it walks over the taps; this does.
     """
@@ -69,7 +75,7 @@ def _copy(source, target):
 
 @njit(**STEP)
 def _load_tile(x, start, row_stride, first, length, channels, padded, width):
-    """Copy rows `first`, `first` + 1, ... of a sequence (length, channels) to padded rows; zeros outside it."""
+    """Copy rows from `first` on of a sequence (length, channels) to padded rows (n * width,); zeros outside it."""
     for place in range(padded.size // width):
         row = span(padded, place * width, channels)
         if 0 <= first + place < length:
@@ -80,7 +86,7 @@ def _load_tile(x, start, row_stride, first, length, channels, padded, width):
 
 @njit(**STEP)
 def _convolve_tile(padded, weight, bias, kernel, tile, width):
-    """Convolve: padded ((TILE + kernel - 1) * d,), weight (kernel * d,), bias (d,) -> tile (TILE * d,); d = `width`."""
+    """Convolve padded ((TILE + kernel - 1) * d,) with weight (kernel * d,) into tile (TILE * d,); d is `width`."""
     for i in range(0, TILE, ROWS):
         for c in range(0, width, VECTOR_BYTES // tile.itemsize):
             start = i * width + c
@@ -106,8 +112,8 @@ def _depthwise_tiles(x, strides, weight, bias, kernel, out, length, width, chann
 
 @njit(**KERNEL)
 def kernel_depthwise_conv(x, strides, weight, bias, kernel, out, length, width, channels, tiles, parts):
-    """Convolve each channel of x (B, T, channels), flat with the strides of its first two axes, into row-major out.
+    """Convolve each channel of x (B, T, channels), flat with the strides of two axes, into row-major out.
 
-    weight (kernel * d,) and bias (d,) have their channels padded to d = `width`, a multiple of the vector.
+    weight (kernel * d,) and bias (d,) have their channels padded to d = `width`, see `padded_width`.
     """
     share(_depthwise_tiles, (x, strides, weight, bias, kernel, out, length, width, channels), tiles, parts)

@@ -1,4 +1,4 @@
-"""Kernels that compute each element of the result from the elements at the same place, in one pass over memory."""
+"""Kernels that compute each element of a result from the elements at its place, in one pass over memory."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def kernel_bias(out, bias, rows, parts):
 
 @njit(**STEP)
 def _rotate_halves(a, b, cos, sin, y, z):
-    """Rotate pairs (a[j], b[j]) into (y[j], z[j]); all (D / 2,). In two loops: LLVM vectorises one for one result."""
+    """Rotate pairs (a[j], b[j]) into (y[j], z[j]), all (D / 2,): one loop per result, which LLVM vectorises."""
     full_width()
     for j in range(cos.size):
         y[j] = a[j] * cos[j] - b[j] * sin[j]
@@ -137,5 +137,5 @@ def _rotary_rows(x, strides, cos, sin, interleaved, out, heads, length, first, l
 
 @njit(**KERNEL)
 def kernel_rotary(x, strides, cos, sin, interleaved, out, heads, length, rows, parts):
-    """Rotate x (B, H, T, D), flat with the strides of its first three axes; cos, sin (T * D / 2,), out row-major."""
+    """Rotate x (B, H, T, D), flat with the strides of three axes; cos and sin (T * D / 2,), out row-major."""
     share(_rotary_rows, (x, strides, cos, sin, interleaved, out, heads, length), rows, parts)

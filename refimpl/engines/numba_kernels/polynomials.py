@@ -1,8 +1,8 @@
-"""Scalar functions as branch-free arithmetic, so that LLVM's loop vectoriser turns a loop over them into vector code.
+"""Scalar functions as branch-free arithmetic: LLVM turns a loop over them into vector code.
 
-Each function here is callable from Python, where it is the plain NumPy formula (so that a kernel's ``py_func`` runs), and
-inside a kernel, where its *lowering* writes LLVM instructions for float32 or float64. Numba's ``fastmath`` would mark these
-too and break them (``(x + magic) - magic`` is not x), so kernels allow LLVM only to fuse a product with the sum after it,
+Each is callable from Python, where it is the plain NumPy formula (so that a kernel's ``py_func`` runs), and inside a
+kernel, where its *lowering* writes LLVM instructions for float32 or float64. Numba's ``fastmath`` would mark these too
+and break them (``(x + magic) - magic`` is not x), so kernels allow LLVM only to fuse a product with the sum after it,
 and say with `accumulate` which sums may be reordered: inf and NaN keep their meaning.
 Numba's disk cache watches a kernel's own file only: after a change here, clear it.
 """
@@ -29,7 +29,9 @@ class _Format(NamedTuple):
 
     mantissa_bits: int
     exponent_bias: int
-    ln2: tuple[float, float]  # a sum, the first part with so many trailing zero bits that its products with n are exact
+    ln2: tuple[
+        float, float
+    ]  # a sum, the first part with so many trailing zero bits that its products with n are exact
     power_of_e: tuple[float, ...]  # e**r for |r| <= ln(2) / 2, to well below a unit in the last place
 
 
@@ -39,15 +41,17 @@ _FORMATS = {
         (1.0, 1.0, 0.5, 0.16666415333747864, 0.04166635125875473, 0.00837512593716383, 0.0013941108481958508),
     ),
     64: _Format(
-        52, 1023, (0.6931471803691238, 1.9082149292705877e-10), tuple(1 / math.factorial(k) for k in range(14))
+        52, 1023, (0.6931471803691238, 1.9082149292705877e-10),
+        tuple(1 / math.factorial(k) for k in range(14)),
     ),
 }  # fmt: skip
 
-# -log2(erfc(a / sqrt 2) / 2) on 0 <= a <= 6.5 as a polynomial in a; weighted minimax fit (Lawson) with the constant held at 1,
-# so that gelu(x) -> x / 2 for small x. Float32 gelu has absolute error < 2.4e-7 and relative error < 1e-5 for |x| < 5.
+# -log2(erfc(a / sqrt 2) / 2) on 0 <= a <= 6.5 as a polynomial in a: weighted minimax fit (Lawson) whose constant is held
+# at 1, so that gelu(x) -> x / 2. Float32 gelu has absolute error < 2.4e-7 and, for |x| < 5, relative error < 1e-5.
 _GAUSSIAN_TAIL = (
-    1.0, 1.1511094570159912, 0.45918169617652893, 0.052548184990882874, -0.00709206098690629, 0.00011099640687461942,
-    0.00022897777671460062, -6.236809713300318e-05, 8.63225977809634e-06, -6.468109177149017e-07, 2.0718029958288753e-08,
+    1.0, 1.1511094570159912, 0.45918169617652893, 0.052548184990882874, -0.00709206098690629,
+    0.00011099640687461942, 0.00022897777671460062, -6.236809713300318e-05, 8.63225977809634e-06,
+    -6.468109177149017e-07, 2.0718029958288753e-08,
 )  # fmt: skip
 
 
@@ -55,7 +59,7 @@ _GAUSSIAN_TAIL = (
 
 
 def exp(x: Any) -> Any:
-    """``e**x``: 0 where the result would be subnormal, inf from ``2**(largest exponent + 1/2)`` on, NaN for NaN."""
+    """``e**x``: 0 for what would be subnormal, inf from ``2**(largest exponent + 1/2)`` on, NaN for NaN."""
     return np.exp(x)
 
 
@@ -75,20 +79,20 @@ def maximum(a: Any, b: Any) -> Any:
 
 
 def accumulate(total: Any, x: Any) -> Any:
-    """``total + x`` where the order of the sums around it may change, so that a loop over it is vectorised."""
+    """``total + x`` where the order of the sums around it may change, so that LLVM vectorises a loop over it."""
     return total + x
 
 
 def span(array: Array, start: Any, length: Any) -> Array:
     """``array[start : start + length]`` of a flat array, as a view that is not counted as a reference.
 
-    Counting is an atomic addition per slice to a number that all threads share: more than the work on a short row.
+    Counting is an atomic addition to a number that all threads share: more than the work on a short row.
     """
     return array[start : start + length]
 
 
 def full_width() -> None:
-    """Let the vectoriser use the widest registers in the function that calls this; LLVM prefers half of AVX-512."""
+    """Let LLVM use the widest registers in the function that calls this; by itself it uses half of AVX-512's."""
 
 
 # --- their lowerings ------------------------------------------------------------------------------------------------
@@ -118,7 +122,9 @@ class _Scalar:
             value = self.multiply_add(value, x, self.constant(coefficient))
         return value
 
-    def choose(self, a: ir.Value, relation: str, b: ir.Value, then: ir.Value, otherwise: ir.Value) -> ir.Value:
+    def choose(
+        self, a: ir.Value, relation: str, b: ir.Value, then: ir.Value, otherwise: ir.Value
+    ) -> ir.Value:
         """``then if a <relation> b else otherwise``; a NaN chooses `otherwise`."""
         return self.builder.select(self.builder.fcmp_ordered(relation, a, b), then, otherwise)
 
@@ -240,6 +246,6 @@ def _type_full_width(context: Any) -> Callable[[], Any]:
 
 @lower_builtin(full_width)
 def _lower_full_width(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-    # LLVM ignores the attribute on targets without 512-bit vectors; llvmlite lists only some attributes, hence set.add.
+    # Other targets ignore the attribute. llvmlite's own add() knows few attributes, hence set.add.
     set.add(builder.function.attributes, '"prefer-vector-width"="512"')
     return context.get_dummy_value()

@@ -1,4 +1,4 @@
-"""Kernels that need a whole row: softmax and norms. A row is read from memory once and stays in the nearest cache."""
+"""Kernels that need whole rows: softmax, norms, masks. A row is read from memory once and stays in the cache."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _softmax_rows(x, x_stride, out, k_len, q_len, causal, rows, lanes, first, la
 
 @njit(**KERNEL)
 def kernel_softmax(x, x_stride, out, k_len, q_len, causal, rows, parts):
-    """Softmax of rows of `k_len` logits; row i is query ``i % q_len``, which sees a prefix of the keys if `causal`.
+    """Softmax of rows of `k_len` logits; row i is query ``i % q_len``, which sees only first keys if `causal`.
 
     Rows are dealt out in turn: under a causal mask all parts then have the same work.
     """
@@ -58,7 +58,7 @@ def kernel_softmax(x, x_stride, out, k_len, q_len, causal, rows, parts):
 
 @njit(**STEP)
 def _layer_norm_rows(x, x_stride, weight, bias, eps, out, first, last):
-    """Normalise rows (d,) that are `x_stride` apart: two passes for mean and variance, then scale and shift."""
+    """Normalise rows (d,), `x_stride` apart: one pass for the mean, one for the variance, one to write."""
     full_width()
     width = weight.size
     for i in range(first, last):
@@ -165,5 +165,5 @@ def _hide_masked_rows(scores, mask, strides, heads, q_len, k_len, first, last):
 
 @njit(**KERNEL)
 def kernel_hide_masked(scores, mask, strides, heads, q_len, k_len, rows, parts):
-    """Set masked logits (B, H, Tq, Tk) to -inf in place; the flat mask has element strides of its first three axes."""
+    """Set masked logits (B, H, Tq, Tk) to -inf in place; the flat mask has strides of its first three axes."""
     share(_hide_masked_rows, (scores, mask, strides, heads, q_len, k_len), rows, parts)

@@ -10,8 +10,8 @@ Here ``a @ b`` is the matrix product, a pointer is a C pointer to float32 or flo
 memory is only assumed to be aligned to one element, and a square of a panel is one vector wide. The private
 functions *emit* code through an IR builder; the public ones are called from compiled code.
 
-Numba's disk cache watches only the file of the outermost function: after editing this file, delete the ``*.nbi``
-files in ``__pycache__``.
+Numba's disk cache watches only the file of the outermost function: after editing this file, delete the
+``*.nbi`` files in ``__pycache__``.
 """
 
 from __future__ import annotations
@@ -335,7 +335,7 @@ def online_softmax(typingctx: Any, scores: Any, rows: Any, log2_scale: Any, stat
         factors = [vectors.exp2(x, scale) for x in map(builder.fsub, old_maxima, maxima)]
         vectors.store_row(factors, factor_row)
         sums = _exponentiate(vectors, panel, count, scale, maxima)
-        vectors.store_row(list(map(builder.fadd, old_sums, sums)), sum_row)
+        vectors.store_row(list(map(vectors.multiply_add, factors, old_sums, sums)), sum_row)
         return context.get_dummy_value()
 
     return types.void(scores, types.intp, log2_scale, scores), codegen

@@ -1,0 +1,72 @@
+"""The engine's door: what kernels rely on and do not test. Each error is one line that names the arrays and sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from refimpl.errors import ShapeError, UnsupportedError
+
+Array = Any
+
+DTYPES = {np.dtype(np.float32), np.dtype(np.float64)}
+
+
+def expect(op: str, expected: str, holds: bool, /, **arrays: Array | None) -> None:
+    """Raise unless the arrays have one supported dtype and `holds`, the condition on their shapes, is true."""
+    same_dtype(op, **arrays)
+    if not holds:
+        listed = ", ".join(f"{name} {array.shape}" for name, array in arrays.items() if array is not None)
+        message = f"{op}: expected {expected}; got {listed}"
+        raise ShapeError(message)
+
+
+def same_dtype(op: str, /, **arrays: Array | None) -> None:
+    """Raise unless all arrays are float32 or all are float64."""
+    given = {name: array for name, array in arrays.items() if array is not None}
+    kinds = {array.dtype for array in given.values()}
+    if len(kinds) == 1 and kinds <= DTYPES:
+        return
+    if len(kinds) > 1:
+        listed = ", ".join(f"{name} {array.shape} {array.dtype}" for name, array in given.items())
+        message = f"{op}: expected one dtype; got {listed}"
+        raise ShapeError(message)
+    message = (
+        f"{op}: the numba engine takes float32 and float64, not {kinds.pop()}; "
+        "float16 runs on the engines 'cupy' (GPU) and 'numpy' (slow)"
+    )
+    raise UnsupportedError(message)
+
+
+def per_channel(op: str, x: Array, /, **vectors: Array) -> None:
+    """Raise unless every vector has one number for each channel of x (..., d)."""
+    fits = x.ndim >= 1 and all(vector.shape == x.shape[-1:] for vector in vectors.values())
+    expect(op, f"x (..., d), {', '.join(vectors)} (d,)", fits, x=x, **vectors)
+
+
+def divides(a: Array, b: Array) -> bool:
+    """Whether the heads of b (B, Hkv, ...) can be shared by the heads of a (B, H, ...)."""
+    return a.ndim == b.ndim == 4 and b.shape[1] > 0 and a.shape[1] % b.shape[1] == 0
+
+
+def heads(op: str, q: Array, k: Array, v: Array | None = None) -> None:
+    """Raise unless queries, keys and values fit each other."""
+    fits = divides(q, k) and q.shape[3] == k.shape[3] and k.shape[0] in (1, q.shape[0])
+    fits = fits and (v is None or (v.ndim == 4 and v.shape[:3] == k.shape[:3]))
+    expected = "q (B, H, Tq, D), k (B or 1, Hkv, Tk, D), v (B or 1, Hkv, Tk, Dv), H a multiple of Hkv"
+    expect(op, expected, fits, q=q, k=k, v=v)
+
+
+def mask(op: str, given: Array | None, q: Array, k: Array) -> None:
+    """Raise unless the mask is absent, or bool and of a shape that broadcasts to the map."""
+    if given is None:
+        return
+    full = (*q.shape[:3], k.shape[2])
+    if (
+        given.dtype != np.bool_
+        or given.ndim != 4
+        or any(m not in (1, n) for m, n in zip(given.shape, full, strict=True))
+    ):
+        message = f"{op}: expected a bool mask that broadcasts to {full}; got {given.shape} {given.dtype}"
+        raise ShapeError(message)

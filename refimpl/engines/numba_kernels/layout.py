@@ -1,0 +1,128 @@
+"""How arrays lie in memory: as kernels take them (flat, with strides), and as BLAS does (a matrix per head)."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from refimpl.errors import ShapeError
+
+Array = Any
+
+CHUNK = 4096  # elements in a "row" of a contiguous array that an elementwise kernel walks over
+SERIAL_ELEMENTS = 2**15  # below this, waking a second thread (some 10 us) costs more than it saves
+MOST_PARTS = 64  # pieces that a kernel is cut into for its threads
+QUERY_BLOCK = 256  # query rows per product under a causal mask; keys beyond the last row's are left out
+
+
+class _Span:
+    """The memory that an array walks over, as NumPy's array interface: one axis, writeable, without a copy.
+
+    Kernels never write to their inputs; without the flag, Numba would compile them once more for read-only ones.
+    """
+
+    def __init__(self, array: Array, length: int) -> None:
+        self.owner = array
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": (length,),
+            "typestr": array.dtype.str,
+            "data": (array.__array_interface__["data"][0], False),
+        }
+
+
+def flat(x: Array) -> tuple[Array, tuple[int, ...]]:
+    """A one-dimensional view of the memory of x and the stride of each axis, in elements. Odd layouts are copied."""
+    ordinary = x.flags.aligned and all(s >= 0 and s % x.itemsize == 0 for s in x.strides)
+    if not ordinary or (x.shape[-1] > 1 and x.strides[-1] != x.itemsize):
+        x = np.array(x, order="C")
+    strides = tuple(s // x.itemsize for s in x.strides)
+    if x.flags.carray:  # contiguous, aligned and writeable
+        return x.reshape(-1), strides
+    length = 1 + sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True)) if x.size else 0
+    return np.asarray(_Span(x, length)), strides
+
+
+def as_rows(x: Array, width: int) -> tuple[Array, int]:
+    """A flat view of x and the distance between its rows of `width` elements."""
+    if x.flags.carray:
+        return x.reshape(-1), width
+    if x.flags.c_contiguous:
+        return flat(x)[0], width
+    memory, strides = flat(x.reshape(-1, width))  # a view wherever rows are evenly spaced
+    return memory, strides[0]
+
+
+def vector(x: Array) -> Array:
+    """All elements of x as one contiguous axis."""
+    return x.reshape(-1) if x.flags.carray else flat(np.ascontiguousarray(x).reshape(-1))[0]
+
+
+def chunked(*arrays: Array) -> int:
+    """The width of the rows that an elementwise kernel walks over: chunks of memory where there are no gaps."""
+    return CHUNK if all(x.flags.c_contiguous for x in arrays) else arrays[0].shape[-1]
+
+
+def count(rows: int, elements: int) -> int:
+    """How many parts a kernel is cut into: a function of sizes alone, so that results do not depend on threads."""
+    return 1 if elements < SERIAL_ELEMENTS else min(rows, MOST_PARTS)
+
+
+def trailing(x: Array, y: Array) -> Array:
+    """y as the last axes of x: a residual, a table or a vector. Any other broadcast is written out."""
+    while y.ndim > 1 and y.shape[0] == 1:
+        y = y[0]
+    if y.ndim and x.shape[x.ndim - y.ndim :] == y.shape:
+        return y
+    try:
+        return np.ascontiguousarray(np.broadcast_to(y, x.shape))
+    except ValueError:
+        message = f"add: y {y.shape} does not broadcast to x {x.shape}"
+        raise ShapeError(message) from None
+
+
+def batched(keys: Array, q: Array) -> Array:
+    """Keys or values (B or 1, Hkv, Tk, D) as (B, Hkv, Tk, D), without a copy."""
+    return keys if len(keys) == len(q) else np.broadcast_to(keys, (len(q), *keys.shape[1:]))
+
+
+def whole_rows(mask: Array, shape: tuple[int, ...]) -> Array:
+    """A mask with whole rows of keys in memory and stride 0 along the axes that it repeats."""
+    rows = np.ascontiguousarray(np.broadcast_to(mask, (*mask.shape[:-1], shape[-1])))
+    return np.broadcast_to(rows, shape)
+
+
+def query_blocks(
+    q_len: int, k_len: int, causal: bool, block: int = QUERY_BLOCK
+) -> list[tuple[int, int, int]]:
+    """Ranges of query rows, each with the number of keys that its last row sees; rows that see none are left out."""
+    if not causal:
+        return [(0, q_len, k_len)]
+    hidden = min(max(q_len - k_len, 0), q_len)
+    edges = [*range(hidden, q_len, block), q_len]
+    return [(first, last, last + k_len - q_len) for first, last in pairwise(edges)]
+
+
+def grouped_product(a: Array, b: Array, out: Array) -> None:
+    """``out = a @ b`` per head: a (B, H, m, n), b (B or 1, Hkv, n, p); head h of a meets head h // (H / Hkv)."""
+    shared = a.shape[1] // b.shape[1]
+    if shared == 1:
+        np.matmul(a, b, out=out)
+        return
+    for g in range(b.shape[1]):
+        group = slice(g * shared, (g + 1) * shared)
+        np.matmul(a[:, group], b[:, g : g + 1], out=out[:, group])
+
+
+def windows(x: Array, kernel: int, stride: int, out: Array) -> None:
+    """The inputs of each output of a convolution, zeros outside: x (B, T, d) -> out (B, ceil(T / stride), kernel, d)."""
+    length, outputs, before = x.shape[1], out.shape[1], (kernel - 1) // 2
+    for tap in range(kernel):
+        first = max(0, -(-(before - tap) // stride))  # the first output whose tap lies at t >= 0
+        last = max(first, min(outputs, (length - 1 + before - tap) // stride + 1))
+        start = first * stride + tap - before
+        out[:, :first, tap] = 0
+        out[:, first:last, tap] = x[:, start : start + (last - first) * stride : stride]
+        out[:, last:, tap] = 0
