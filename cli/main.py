@@ -23,6 +23,7 @@ COMMANDS = {
     "calibrate": ".command_calibrate",
     "explain": ".command_explain",
     "models": ".command_models",
+    "maps": ".command_maps",
 }
 UNSERVED, INTERRUPTED = 2, 130
 

@@ -300,7 +300,7 @@ def _measure_summary(results: Sequence[Mapping[str, Any]], baselines: Sequence[s
     ]
     headers, rows = columns_to_rows(columns)
     n = len(baselines)
-    ratios = [("x faster than", n), ("predicted", n)] if n else []
+    ratios = [("speed-up", n), ("predicted", n)] if n else []
     return Table(
         "totals of passes without instruments, and fidelity against exact attention",
         headers,
@@ -377,7 +377,7 @@ def profile_blocks(hardware: Hardware) -> list[Block]:
             [*headers, "median %", "p90 %", "n"],
             rows,
             ["whole passes", *[""] * 6, *cells[-1]],
-            groups=[("", 1), ("constants", 6), ("held-out error", 3)],
+            groups=[("", 1), ("constants", 6), ("held-out error %", 3)],
         ),
     ]
 
@@ -537,3 +537,33 @@ def as_csv(document: Mapping[str, Any]) -> str:
 def as_json(document: Any) -> str:
     """Indented; numbers in full precision."""
     return json.dumps(document, indent=1, allow_nan=False, default=str) + "\n"
+
+
+# --- maps -----------------------------------------------------------------------------------------------------------
+
+
+def maps_blocks(found: Mapping[str, Any]) -> list[Block]:
+    """Diagonality and likeness per layer, likeness of all pairs, and the suggested grouping."""
+    layers = found["layers"]
+    rows = [
+        [str(row["layer"]), ratio(max(row["cad"])), ratio(sum(row["cad"]) / len(row["cad"])), ratio(min(row["cad"])),
+         ratio(row["similarity_to_previous"])]
+        for row in layers
+    ]  # fmt: skip
+    pairs = [[str(index), *(ratio(value) for value in row)] for index, row in enumerate(found["similarity"])]
+    groups = json.dumps(found["groups"], separators=(",", ":"))
+    return [
+        f"{found['model']} ({found['weights']})\ninput {found['input']}: {found['positions']} positions of "
+        f"{found['length']}, {found['query_rows']} of them as query rows",
+        Table(
+            "cumulative attention diagonality (CAD: identity 1, uniform 0.667), and likeness to the layer before",
+            ["layer", "most", "mean", "least", "cosine"], rows, groups=[("", 1), ("CAD of heads", 3), ("", 1)],
+        ),
+        Table("likeness of maps, cosine, mean over heads", ["layer", *(str(row["layer"]) for row in layers)], pairs),
+        f"{len(found['groups'])} compute layers, most similar neighbours first: --set reuse.groups={groups}",
+    ]  # fmt: skip
+
+
+def ratio(value: float | None) -> str:
+    """A figure between 0 and 1."""
+    return NONE if value is None else f"{value:.3f}"

@@ -1,9 +1,9 @@
 """A caching allocator for the results of the CPU engine.
 
-NumPy returns a large freed array to the operating system and page-faults the next one anew, which costs more than
-many ops and makes timings irregular. Here a block of memory is kept and handed out again once no array refers to it:
-every view of a block holds a reference to the block's owner (NumPy collapses ``base``), so CPython's reference count
-tells.
+NumPy returns a large freed array to the operating system and page-faults the next one anew, which costs more
+than many ops and makes timings irregular. Here a block of memory is kept and handed out again once no array
+refers to it: every view of a block holds a reference to the block's owner (NumPy collapses ``base``), so
+CPython's reference count tells.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class Buffers:
 
     def _live_bytes(self) -> int:
         every = [block for blocks in self._blocks.values() for block in blocks]
-        return sum(block.requested for block in every if not block.free)
+        return sum([block.requested for block in every if not block.free])
 
     def _drop(self, keep_bytes: int) -> None:
         """Forget unused blocks, oldest first, until at most `keep_bytes` of them remain."""
@@ -140,5 +140,5 @@ class Buffers:
 
 def _capacity(n_bytes: int) -> int:
     """Size class: `n_bytes` rounded up by at most a quarter."""
-    step = max(1, 2 ** (n_bytes - 1).bit_length() // (2 * CLASSES_PER_OCTAVE))
+    step = max(1, (1 << (n_bytes - 1).bit_length()) // (2 * CLASSES_PER_OCTAVE))
     return -(-n_bytes // step) * step

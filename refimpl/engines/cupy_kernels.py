@@ -270,7 +270,7 @@ __global__ void kernel_softmax(
     bool empty = maximum == minus_infinity<A>();
     A sum = 0;
     for (Index j = threadIdx.x; j < visible; j += blockDim.x) {
-        if (!empty && (!masked || m[j * m_key])) sum += exp(A(s[j]) - maximum);
+        if (!masked || m[j * m_key]) sum += exp(A(s[j]) - maximum);
     }
     sum = block_sum(sum, cells);
     for (Index j = threadIdx.x; j < keys; j += blockDim.x) {

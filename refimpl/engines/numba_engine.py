@@ -1,8 +1,8 @@
 """The fast CPU engine: BLAS for matrix products, compiled parallel kernels for everything that memory bounds.
 
-Arrays are NumPy's, float32 or float64. Methods check sizes and dtypes, take the memory layout apart and call a
-kernel; the loops are in ``numba_kernels``. Results come from a caching allocator, and heads (B, H, T, D) may lie in
-memory as (B, T, H, D).
+Arrays are NumPy's, float32 or float64. Methods check sizes and dtypes, take the memory layout apart and call
+a kernel; the loops are in ``numba_kernels``. Results come from a caching allocator, and heads (B, H, T, D)
+may lie in memory as (B, T, H, D).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class NumbaEngine:
         threads.set_count(n)
 
     def warm_up(self, announce: Callable[[str], None]) -> None:
-        """Call ``announce(message)`` once, if a kernel is not in Numba's disk cache and has to be compiled."""
+        """Call ``announce(message)`` once, if a kernel is not in Numba's disk cache and must be compiled."""
         threads.on_first_compilation(announce)
 
     def split_heads(self, x: Array, heads: int) -> Array:
@@ -85,7 +85,9 @@ class NumbaEngine:
         self, x: Array, weight: Array, bias: Array | None, widths: tuple[int, ...]
     ) -> tuple[Array, ...]:
         if sum(widths) != len(weight):
-            message = f"project: weight {weight.shape} has {len(weight)} rows; widths {widths} add up to {sum(widths)}"
+            message = (
+                f"project: weight {weight.shape} has rows for {len(weight)} columns; widths are {widths}"
+            )
             raise ShapeError(message)
         y = self.linear(x, weight, bias)  # (..., sum of widths)
         stops = np.cumsum(widths).tolist()
@@ -121,7 +123,7 @@ class NumbaEngine:
     def embedding(self, table: Array, ids: Array) -> Array:
         check.expect("embedding", "table (V, d)", table.ndim == 2, table=table)
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < len(table):
-            message = f"embedding: table {table.shape} has {len(table)} rows; ids go from {ids.min()} to {ids.max()}"
+            message = f"embedding: table {table.shape} has no rows for ids from {ids.min()} to {ids.max()}"
             raise ShapeError(message)
         out = self._empty((*ids.shape, table.shape[1]), table)
         np.take(table, ids, axis=0, out=out, mode="clip")  # "clip" writes to out without a copy
@@ -263,7 +265,7 @@ class NumbaEngine:
         out = self._heads(weights, v.shape[3])  # (B, H, Tq, D)
         # A hidden value meets the weight 0; where it is not finite, only products without it are right.
         block = layout.QUERY_BLOCK if not causal or np.isfinite(v).all() else 1
-        blocks = layout.query_blocks(*weights.shape[2:], causal, block)
+        blocks = layout.query_blocks(weights.shape[2], weights.shape[3], causal, block)
         out[:, :, : blocks[0][0] if blocks else None] = 0
         for first, last, seen in blocks:
             layout.grouped_product(weights[:, :, first:last, :seen], v[:, :, :seen], out[:, :, first:last])

@@ -3,9 +3,9 @@
     python tests/bench/sdpa_comparison.py --seq 512,1024,2048,4096
 
 Prints, for each length, the median milliseconds of both and the ratio fused / PyTorch over pairs of
-neighbouring calls: its median and its 10th to 90th percentile; `best` compares the fastest call of each. On a
-shared machine only ratios mean something. No line is printed before both results agree. PyTorch is a comparison
-point here, never a dependency.
+neighbouring calls: its median and its 10th to 90th percentile; `best` compares the fastest call of each. On
+a shared machine only ratios mean something. No line is printed before both results agree. PyTorch is a
+comparison point here, never a dependency.
 """
 
 from __future__ import annotations
@@ -30,9 +30,7 @@ _SETTLE_S = 0.005  # lets the idle threads of the library that ran before stop s
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seq", default="512,1024,2048,4096", help="lengths T, comma-separated")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--heads", type=int, default=8)

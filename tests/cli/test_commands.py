@@ -184,7 +184,7 @@ def test_estimate_imports_nothing_heavy() -> None:
     code = (
         "import sys\nfrom effref.main import main\n"
         "try: main(['estimate', '--seq', '4096', '--method', 'reuse'])\nexcept SystemExit as e: assert not e.code\n"
-        "heavy = {'numba', 'cupy', 'scipy', 'sympy', 'matplotlib', 'tabulate', 'cpuinfo', 'psutil', 'threadpoolctl'}\n"
+        "heavy = {'numba', 'cupy', 'scipy', 'sympy', 'matplotlib', 'cpuinfo', 'psutil', 'threadpoolctl'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     done = run("-c", code)

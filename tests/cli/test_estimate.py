@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import csv
 import io
 import json
@@ -86,8 +87,8 @@ def test_tables_fit_a_terminal(effref) -> None:
 
 def test_markdown(effref) -> None:
     text = effref(*SMALL, "--seq", "16", "--method", "flash", "--format", "md").stdout
-    assert "| component | bound | calls |" in text
-    assert "| **total** |" in text
+    assert re.search(r"\| component +\| bound +\| +calls \|", text)
+    assert "| **total** " in text
 
 
 def test_baseline_chooses_the_ratio(effref) -> None:

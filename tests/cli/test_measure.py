@@ -58,7 +58,7 @@ def test_one_screen(effref, calibrated) -> None:
     result = effref("measure", *RUN, "--seq", "4,8,16,32")
     assert result.exit_code == 0
     assert max(map(len, result.stdout.splitlines())) <= 120
-    for text in ("scores", "total", "x faster than", "bare roofline", "roofline x one factor"):
+    for text in ("scores", "total", "speed-up", "bare roofline", "roofline x one factor"):
         assert text in result.stdout
 
 

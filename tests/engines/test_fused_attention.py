@@ -97,9 +97,7 @@ def assert_obeys_rule(fast: Array, truth: Array, honest: Array, floor: float) ->
     assert error <= 2 * allowed + floor, f"error {error:.2e}, honest {allowed:.2e}, floor {floor:.2e}"
 
 
-def check(
-    q: Array, k: Array, v: Array, scale: float = 0.125, causal: bool = False, mask: Array | None = None
-) -> Array:
+def check(q: Array, k: Array, v: Array, scale: float = 0.125, causal: bool = False, mask: Array | None = None) -> Array:
     """Run the kernel, hold it to the rule, return its result."""
     fast = fused_attention(q, k, v, scale, causal, mask)
     wide = [x.astype(WIDER[q.dtype.type]) for x in (q, k, v)]
@@ -275,9 +273,7 @@ def test_fused_nan_in_value_reaches_its_column() -> None:
 
 @TYPES
 @CAUSAL
-@pytest.mark.parametrize(
-    "shape", [(300,), (100, 300), (2, 1, 1, 300), (2, 2, 100, 300), (1, 2, 100, 1), (1,)]
-)
+@pytest.mark.parametrize("shape", [(300,), (100, 300), (2, 1, 1, 300), (2, 2, 100, 300), (1, 2, 100, 1), (1,)])
 def test_fused_mask_broadcasts(shape: tuple[int, ...], causal: bool, dtype: Any) -> None:
     check(*qkv(100, 300, dtype=dtype), causal=causal, mask=np.random.default_rng(1).random(shape) < 0.6)
 

@@ -392,7 +392,7 @@ def _call_dtype(number: np.dtype[Any]) -> np.dtype[np.void]:
 
 
 class Kernel(NamedTuple):
-    """A compiled kernel: its address, and a way to run it in the calling thread without the interpreter lock."""
+    """A compiled kernel: its address, and a way to run it in the calling thread with the lock released."""
 
     code: Any  # keeps the compiled code alive
     address: int

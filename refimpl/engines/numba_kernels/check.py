@@ -1,4 +1,4 @@
-"""The engine's door: what kernels rely on and do not test. Each error is one line that names the arrays and sizes."""
+"""The engine's door: what kernels rely on and do not test. Errors are one line and name arrays and sizes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DTYPES = {np.dtype(np.float32), np.dtype(np.float64)}
 
 
 def expect(op: str, expected: str, holds: bool, /, **arrays: Array | None) -> None:
-    """Raise unless the arrays have one supported dtype and `holds`, the condition on their shapes, is true."""
+    """Raise unless the arrays have one supported dtype and `holds`, the condition on their shapes."""
     same_dtype(op, **arrays)
     if not holds:
         listed = ", ".join(f"{name} {array.shape}" for name, array in arrays.items() if array is not None)

@@ -75,7 +75,7 @@ def _copy(source, target):
 
 @njit(**STEP)
 def _load_tile(x, start, row_stride, first, length, channels, padded, width):
-    """Copy rows from `first` on of a sequence (length, channels) to padded rows (n * width,); zeros outside it."""
+    """Copy rows of x (length, channels) from `first` on to padded rows (n * width,); zeros outside x."""
     for place in range(padded.size // width):
         row = span(padded, place * width, channels)
         if 0 <= first + place < length:
@@ -86,7 +86,7 @@ def _load_tile(x, start, row_stride, first, length, channels, padded, width):
 
 @njit(**STEP)
 def _convolve_tile(padded, weight, bias, kernel, tile, width):
-    """Convolve padded ((TILE + kernel - 1) * d,) with weight (kernel * d,) into tile (TILE * d,); d is `width`."""
+    """Convolve padded ((TILE + kernel - 1) * d,) with weight (kernel * d,) into tile (TILE * d,)."""
     for i in range(0, TILE, ROWS):
         for c in range(0, width, VECTOR_BYTES // tile.itemsize):
             start = i * width + c

@@ -101,7 +101,7 @@ def kernel_bias(out, bias, rows, parts):
 
 @njit(**STEP)
 def _rotate_halves(a, b, cos, sin, y, z):
-    """Rotate pairs (a[j], b[j]) into (y[j], z[j]), all (D / 2,): one loop per result, which LLVM vectorises."""
+    """Rotate pairs (a[j], b[j]) into (y[j], z[j]), all (D / 2,). LLVM vectorises only one result a loop."""
     full_width()
     for j in range(cos.size):
         y[j] = a[j] * cos[j] - b[j] * sin[j]

@@ -1,4 +1,4 @@
-"""How arrays lie in memory: as kernels take them (flat, with strides), and as BLAS does (a matrix per head)."""
+"""How arrays lie in memory: as kernels take them (flat, with strides), as BLAS does (a matrix per head)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ QUERY_BLOCK = 256  # query rows per product under a causal mask; keys beyond the
 class _Span:
     """The memory that an array walks over, as NumPy's array interface: one axis, writeable, without a copy.
 
-    Kernels never write to their inputs; without the flag, Numba would compile them once more for read-only ones.
+    Kernels never write to their inputs; without the flag, Numba would compile them once more for read-only
+    ones.
     """
 
     def __init__(self, array: Array, length: int) -> None:
@@ -34,7 +35,7 @@ class _Span:
 
 
 def flat(x: Array) -> tuple[Array, tuple[int, ...]]:
-    """A one-dimensional view of the memory of x and the stride of each axis, in elements. Odd layouts are copied."""
+    """A one-dimensional view of the memory of x, and its strides in elements. Odd layouts are copied."""
     ordinary = x.flags.aligned and all(s >= 0 and s % x.itemsize == 0 for s in x.strides)
     if not ordinary or (x.shape[-1] > 1 and x.strides[-1] != x.itemsize):
         x = np.array(x, order="C")
@@ -61,12 +62,12 @@ def vector(x: Array) -> Array:
 
 
 def chunked(*arrays: Array) -> int:
-    """The width of the rows that an elementwise kernel walks over: chunks of memory where there are no gaps."""
+    """Width of the rows that an elementwise kernel walks over: chunks of memory where there are no gaps."""
     return CHUNK if all(x.flags.c_contiguous for x in arrays) else arrays[0].shape[-1]
 
 
 def count(rows: int, elements: int) -> int:
-    """How many parts a kernel is cut into: a function of sizes alone, so that results do not depend on threads."""
+    """How many parts a kernel is cut into: by sizes alone, so that results do not depend on threads."""
     return 1 if elements < SERIAL_ELEMENTS else min(rows, MOST_PARTS)
 
 
@@ -97,7 +98,7 @@ def whole_rows(mask: Array, shape: tuple[int, ...]) -> Array:
 def query_blocks(
     q_len: int, k_len: int, causal: bool, block: int = QUERY_BLOCK
 ) -> list[tuple[int, int, int]]:
-    """Ranges of query rows, each with the number of keys that its last row sees; rows that see none are left out."""
+    """Ranges of query rows and how many keys the last row sees; rows that see none are left out."""
     if not causal:
         return [(0, q_len, k_len)]
     hidden = min(max(q_len - k_len, 0), q_len)
@@ -106,7 +107,7 @@ def query_blocks(
 
 
 def grouped_product(a: Array, b: Array, out: Array) -> None:
-    """``out = a @ b`` per head: a (B, H, m, n), b (B or 1, Hkv, n, p); head h of a meets head h // (H / Hkv)."""
+    """``out = a @ b`` per head: a (B, H, m, n), b (B or 1, Hkv, n, p); H / Hkv heads of a share one of b."""
     shared = a.shape[1] // b.shape[1]
     if shared == 1:
         np.matmul(a, b, out=out)
@@ -117,7 +118,7 @@ def grouped_product(a: Array, b: Array, out: Array) -> None:
 
 
 def windows(x: Array, kernel: int, stride: int, out: Array) -> None:
-    """The inputs of each output of a convolution, zeros outside: x (B, T, d) -> out (B, ceil(T / stride), kernel, d)."""
+    """Copy the inputs of each convolved output: x (B, T, d) -> out (B, ceil(T / stride), kernel, d)."""
     length, outputs, before = x.shape[1], out.shape[1], (kernel - 1) // 2
     for tap in range(kernel):
         first = max(0, -(-(before - tap) // stride))  # the first output whose tap lies at t >= 0

@@ -1,8 +1,9 @@
 """How kernels are compiled and how their rows are shared out among Numba's threads.
 
-A *step* does the work for rows `first` to `last`; a *kernel* is what the engine calls, and shares the rows of its step
-out. Rows are given as a flat array and a stride in elements, so that one compiled kernel serves contiguous arrays and
-column slices alike. The parts into which rows are cut depend on sizes alone, never on the number of threads.
+A *step* does the work for rows `first` to `last`; a *kernel* is what the engine calls, and shares the rows of
+its step out. Rows are given as a flat array and a stride in elements, so that one compiled kernel serves
+contiguous arrays and column slices alike. The parts into which rows are cut depend on sizes alone, never on
+the number of threads.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from numba.extending import lower_builtin, type_callable
 from . import threads
 from .vector import run_on_threads
 
-# A kernel from the disk cache crashes without: Numba (0.68) forgets that it links in a loop which needs threads.
+# A kernel from the disk cache crashes without: Numba (0.68) forgets that it links in a loop which needs
+# threads.
 threads.start()
 
-# "numpy": x / 0 is inf, which needs no branch. "contract": products and sums fuse; inf and NaN keep their meaning.
+# "numpy": x / 0 is inf, which needs no branch. "contract": products and sums fuse; inf and NaN keep their
+# meaning.
 STEP: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
 KERNEL: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
 
@@ -29,8 +32,8 @@ KERNEL: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
 def share(step: Callable[..., None], operands: tuple[Any, ...], rows: int, parts: int) -> None:
     """Call ``step(*operands, first, last)`` for the `parts` ranges that make up the rows, several at once.
 
-    In a kernel the loop over the parts is `run_on_threads`, which knows the step by its address: inside a ``prange``
-    of its own every step would be compiled six times (2 s a kernel instead of 0.5 s).
+    In a kernel the loop over the parts is `run_on_threads`, which knows the step by its address: inside a
+    ``prange`` of its own every step would be compiled six times (2 s a kernel instead of 0.5 s).
     """
     step = getattr(step, "py_func", step)
     for part in range(parts):

@@ -1,10 +1,10 @@
 """Scalar functions as branch-free arithmetic: LLVM turns a loop over them into vector code.
 
-Each is callable from Python, where it is the plain NumPy formula (so that a kernel's ``py_func`` runs), and inside a
-kernel, where its *lowering* writes LLVM instructions for float32 or float64. Numba's ``fastmath`` would mark these too
-and break them (``(x + magic) - magic`` is not x), so kernels allow LLVM only to fuse a product with the sum after it,
-and say with `accumulate` which sums may be reordered: inf and NaN keep their meaning.
-Numba's disk cache watches a kernel's own file only: after a change here, clear it.
+Each is callable from Python, where it is the plain NumPy formula (so that a kernel's ``py_func`` runs), and
+inside a kernel, where its *lowering* writes LLVM instructions for float32 or float64. Numba's ``fastmath``
+would mark these too and break them (``(x + magic) - magic`` is not x), so kernels allow LLVM only to fuse a
+product with the sum after it, and say with `accumulate` which sums may be reordered: inf and NaN keep their
+meaning. Numba's disk cache watches a kernel's own file only: after a change here, clear it.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ _FORMATS = {
     ),
 }  # fmt: skip
 
-# -log2(erfc(a / sqrt 2) / 2) on 0 <= a <= 6.5 as a polynomial in a: weighted minimax fit (Lawson) whose constant is held
-# at 1, so that gelu(x) -> x / 2. Float32 gelu has absolute error < 2.4e-7 and, for |x| < 5, relative error < 1e-5.
+# -log2(erfc(a / sqrt 2) / 2) on 0 <= a <= 6.5 as a polynomial in a: weighted minimax fit (Lawson) whose
+# constant is held at 1, so that gelu(x) -> x / 2. Float32 gelu has absolute error < 2.4e-7 and, for |x| < 5,
+# relative error < 1e-5.
 _GAUSSIAN_TAIL = (
     1.0, 1.1511094570159912, 0.45918169617652893, 0.052548184990882874, -0.00709206098690629,
     0.00011099640687461942, 0.00022897777671460062, -6.236809713300318e-05, 8.63225977809634e-06,
@@ -55,7 +56,7 @@ _GAUSSIAN_TAIL = (
 )  # fmt: skip
 
 
-# --- what kernels call ----------------------------------------------------------------------------------------------
+# --- what kernels call --------------------------------------------------------------------------------------
 
 
 def exp(x: Any) -> Any:
@@ -79,7 +80,7 @@ def maximum(a: Any, b: Any) -> Any:
 
 
 def accumulate(total: Any, x: Any) -> Any:
-    """``total + x`` where the order of the sums around it may change, so that LLVM vectorises a loop over it."""
+    """``total + x`` in a loop whose sums may be taken in any order, so that LLVM vectorises it."""
     return total + x
 
 
@@ -92,10 +93,10 @@ def span(array: Array, start: Any, length: Any) -> Array:
 
 
 def full_width() -> None:
-    """Let LLVM use the widest registers in the function that calls this; by itself it uses half of AVX-512's."""
+    """Let LLVM use the widest registers in the function that calls this; else it uses half of AVX-512's."""
 
 
-# --- their lowerings ------------------------------------------------------------------------------------------------
+# --- their lowerings ----------------------------------------------------------------------------------------
 
 
 class _Scalar:

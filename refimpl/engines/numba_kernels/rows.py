@@ -1,4 +1,4 @@
-"""Kernels that need whole rows: softmax, norms, masks. A row is read from memory once and stays in the cache."""
+"""Kernels that need whole rows: softmax, norms, masks. A row is read from memory once and stays in cache."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _softmax_rows(x, x_stride, out, k_len, q_len, causal, rows, lanes, first, la
 
 @njit(**KERNEL)
 def kernel_softmax(x, x_stride, out, k_len, q_len, causal, rows, parts):
-    """Softmax of rows of `k_len` logits; row i is query ``i % q_len``, which sees only first keys if `causal`.
+    """Softmax of rows of `k_len` logits; row i is query ``i % q_len``, which sees the first keys if `causal`.
 
     Rows are dealt out in turn: under a causal mask all parts then have the same work.
     """
@@ -165,5 +165,5 @@ def _hide_masked_rows(scores, mask, strides, heads, q_len, k_len, first, last):
 
 @njit(**KERNEL)
 def kernel_hide_masked(scores, mask, strides, heads, q_len, k_len, rows, parts):
-    """Set masked logits (B, H, Tq, Tk) to -inf in place; the flat mask has strides of its first three axes."""
+    """Set masked logits (B, H, Tq, Tk) to -inf in place; the flat mask has strides of three axes."""
     share(_hide_masked_rows, (scores, mask, strides, heads, q_len, k_len), rows, parts)

@@ -15,10 +15,10 @@ from refimpl.errors import ConfigError
 
 
 def start() -> None:
-    """Start Numba's threads such that idle ones sleep instead of spin, unless the user has chosen otherwise."""
-    # BLAS products and kernels in turn (T = 128, d = 384, two cores) take 6.8 times their time apart where idle
-    # OpenMP threads spin, which is libgomp's default; 1.05 times where they sleep; 1.10 with Numba's "workqueue".
-    # A launch costs 3 us spinning, 8 us asleep, 20 us with "workqueue".
+    """Start Numba's threads such that idle ones sleep instead of spin, unless the user has chosen."""
+    # BLAS products and kernels in turn (T = 128, d = 384, two cores) take 6.8 times their time apart where
+    # idle OpenMP threads spin, which is libgomp's default; 1.05 times where they sleep; 1.10 with Numba's
+    # "workqueue". A launch costs 3 us spinning, 8 us asleep, 20 us with "workqueue".
     with _environment("OMP_WAIT_POLICY", "passive"):  # OpenMP reads it once, when Numba loads it
         numba.get_num_threads()
 
@@ -39,7 +39,7 @@ def set_count(n: int) -> None:
 
 
 def on_first_compilation(announce: Callable[[str], None]) -> None:
-    """Call ``announce(message)`` once, when a kernel of this package is compiled rather than loaded from disk."""
+    """Call ``announce(message)`` once, when a kernel of this package is compiled, not loaded from disk."""
     event.register("numba:compile", _Announcer(announce))
 
 

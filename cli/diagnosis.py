@@ -1,0 +1,68 @@
+"""The figures of ``effref maps``: diagonality and likeness of attention maps on one input, and the grouping they suggest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refimpl.diagnostics import attention_maps, diagonality, map_similarity, suggest_groups
+from refimpl.inputs import Inputs, load_input, random_inputs
+from refimpl.model import sequence_length
+from refimpl.weights import Model, load_model
+
+from .progress import Progress
+
+ROWS = 256  # query positions that are kept of every map, evenly spread over the input
+RANDOM_LENGTH = 256
+
+
+def diagnose(
+    model: str, input_file: Path | None, seq: int | None, compute_layers: int | None, seed: int, progress: Progress
+) -> dict[str, Any]:
+    """Run exact attention on one input and describe its maps.
+
+    Returns
+    -------
+    found : dict
+        ``layers`` (per layer: CAD of each head, likeness to the layer before), ``similarity`` (L, L), ``groups``, and
+        what it was run on. Query positions in padding are left out.
+    """
+    progress.stage(f"loading {model}")
+    loaded = load_model(model, seed=seed, positions=seq or 0)
+    progress.note(f"{loaded.config.name}: {loaded.source}")
+    given = _input(loaded, input_file, seq, seed)
+    for note in given.notes:
+        progress.note(note)
+    rows = np.unique(np.linspace(0, given.valid_positions - 1, ROWS).astype(int))
+    progress.stage(f"running {loaded.config.name} on {given.valid_positions} positions")
+    maps = attention_maps(loaded, given.array, "numpy", rows=rows)
+    progress.done()
+    similarity = map_similarity(maps)
+    wanted = compute_layers or -(-loaded.config.layers // 2)
+    return {
+        "model": loaded.config.name,
+        "weights": loaded.source,
+        "input": str(input_file) if input_file else f"seeded random, seed {seed}",
+        "positions": given.valid_positions,
+        "length": sequence_length(loaded.config, given.array),
+        "query_rows": len(rows),
+        "layers": [
+            {
+                "layer": index,
+                "cad": diagonality(weights, rows).tolist(),
+                "similarity_to_previous": float(similarity[index - 1, index]) if index else None,
+            }
+            for index, weights in enumerate(maps)
+        ],
+        "similarity": similarity.tolist(),
+        "groups": [list(group) for group in suggest_groups(similarity, wanted)],
+    }
+
+
+def _input(model: Model, path: Path | None, seq: int | None, seed: int) -> Inputs:
+    if path:
+        return load_input(model, path, seq)
+    length = seq or RANDOM_LENGTH
+    return Inputs(random_inputs(model.config, length, 1, seed), model.config.stem, (), length)
