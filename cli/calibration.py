@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,16 @@ from costmodel.hardware import Hardware
 from refimpl.config import DTYPES, ModelConfig, Workload
 from refimpl.engines import ENGINES
 from refimpl.engines import engine as get_engine
+from refimpl.engines.protocol import Engine
 from refimpl.inputs import random_inputs
-from refimpl.model import Runner
+from refimpl.model import Run, Runner
+from refimpl.recorder import Call
 from refimpl.weights import load_model
 
+from .context import available_bytes, cpu_name, gpu_name
+
 Progress = Callable[[str, float], None]
+Key = tuple[str, tuple[tuple[str, int], ...]]  # op and sizes
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ CELLS = (
     Cell(_model("post-norm", 448, 14, 1792), 1100),
     Cell(_model("pre-norm", 320, 5, 1280), 1250),
     Cell(_model("pre-norm", 512, 8, 2048), 160),
-    Cell(_model("pre-norm", 448, 7, 1792), 2600),
+    Cell(_model("pre-norm", 192, 3, 768), 2300),
     Cell(_model("decoder", 512, 8, 1408, kv_heads=2), 330),
     Cell(_model("decoder", 448, 7, 1216), 900),
     Cell(_model("decoder", 768, 6, 2048, kv_heads=3, activation="gelu_tanh", gated=False), 60),
@@ -92,7 +98,7 @@ def calibrate(
         CPU threads; default the engine's own.
     dtype : {"float32", "float64", "float16"}
     seconds : float
-        Time to spend on measuring, after compilation; more gives steadier medians.
+        Time to spend on measuring, after compilation; more gives steadier medians. Every pass runs at least once.
     progress : callable, optional
         Called with a message and the fraction done.
 
@@ -105,57 +111,76 @@ def calibrate(
     ops = get_engine(engine)
     if threads is not None and hasattr(ops, "set_threads"):
         ops.set_threads(threads)
-    passes = list(_measure(ops, dtype, seconds, say))
+    passes = _measure(ops, dtype, seconds, say)
     say("fitting", 1.0)
-    return fit(passes, DTYPES[dtype], **_machine(engine, ops, dtype))
+    device = ENGINES[engine][2]
+    about = {
+        "engine": engine,
+        "device": device,
+        "threads": threads or getattr(ops, "threads", None),
+        "dtype": dtype,
+        "machine": (gpu_name() if device == "gpu" else None) or cpu_name(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "capacity_bytes": available_bytes(device),
+    }
+    return fit(passes, DTYPES[dtype], kind="cpu" if device == "cpu" else "gpu", about=about)
 
 
-def _measure(ops: Any, dtype: str, seconds: float, say: Progress) -> Iterator[Pass]:
-    """Every cell under every method, in rounds until the time is spent; medians over the rounds."""
-    runs = [(cell, method, params) for cell in CELLS for method, params in cell.methods]
-    runners = {id(cell): Runner(load_model(cell.config, dtype=dtype), ops) for cell in CELLS}
-    inputs = {id(cell): random_inputs(cell.config, cell.seq, cell.batch, dtype=dtype) for cell in CELLS}
-    seen: dict[int, list[tuple[list[Any], float]]] = defaultdict(list)
-    for index, (cell, method, params) in enumerate(runs):  # compiles and warms up
+@dataclass
+class _Run:
+    """One cell under one method, and what was seen of it."""
+
+    cell: Cell
+    method: str
+    params: dict[str, Any]
+    runner: Runner
+    inputs: Any
+    dtype: str
+    passes: list[Run] = field(default_factory=list)
+
+    def once(self) -> Run:
+        return self.runner(self.inputs, self.method, self.params)
+
+    def summary(self) -> Pass:
+        """The closed form with the medians over all passes."""
+        work = Workload(self.cell.seq, self.cell.batch, dtype=self.dtype)
+        cost = estimate(self.method, self.cell.config, work, self.params)
+        total_s = float(np.median([one.seconds for one in self.passes]))
+        return Pass(cost, list(_samples([one.calls for one in self.passes])), total_s)
+
+
+def _measure(ops: Engine, dtype: str, seconds: float, say: Progress) -> list[Pass]:
+    """Every cell under every method, in rounds until the time is spent."""
+    runs = list(_runs(ops, dtype))
+    for index, run in enumerate(runs):
         say("compiling and warming up", index / len(runs))
-        runners[id(cell)](inputs[id(cell)], method, params, record=False)
+        run.once()
     start = time.perf_counter()
-    for round_ in range(1000):
-        for index, (cell, method, params) in enumerate(runs):
-            runner, given = runners[id(cell)], inputs[id(cell)]
-            recorded = runner(given, method, params)
-            plain = runner(given, method, params, record=False)
-            seen[index].append((recorded.calls, plain.seconds))
-            spent = (time.perf_counter() - start) / seconds
-            say("measuring", min(spent, 1.0))
-        if spent >= 1.0 and round_ >= 2:
-            break
-    for index, (cell, method, params) in enumerate(runs):
-        work = Workload(cell.seq, cell.batch, dtype=dtype)
-        yield Pass(
-            estimate(method, cell.config, work, params),
-            list(_samples([calls for calls, _ in seen[index]])),
-            float(np.median([total for _, total in seen[index]])),
-        )
+    spent = 0.0
+    while spent < seconds:
+        for run in runs:
+            run.passes.append(run.once())
+            spent = time.perf_counter() - start
+            say("measuring", min(spent / seconds, 1.0))
+    return [run.summary() for run in runs]
 
 
-def _samples(rounds: list[list[Any]]) -> Iterator[Sample]:
+def _runs(ops: Engine, dtype: str) -> Iterator[_Run]:
+    for cell in CELLS:
+        runner = Runner(load_model(cell.config, dtype=dtype), ops)
+        inputs = random_inputs(cell.config, cell.seq, cell.batch, dtype=dtype)
+        for method, params in cell.methods:
+            yield _Run(cell, method, params, runner, inputs, dtype)
+
+
+def _samples(rounds: list[list[Call]]) -> Iterator[Sample]:
     """One sample per op and sizes of a pass: the median over rounds of the mean over its calls in a round."""
-    times: dict[tuple[str, tuple[tuple[str, int], ...]], list[float]] = defaultdict(list)
+    times: dict[Key, list[float]] = defaultdict(list)
     for calls in rounds:
-        here: dict[tuple[str, tuple[tuple[str, int], ...]], list[float]] = defaultdict(list)
+        here: dict[Key, list[float]] = defaultdict(list)
         for call in calls:
             here[call.op, call.sizes].append(call.seconds)
         for key, values in here.items():
             times[key].append(float(np.mean(values)))
     for (op, sizes), values in times.items():
         yield Sample(op, dict(sizes), float(np.median(values)), len(values))
-
-
-def _machine(engine: str, ops: Any, dtype: str) -> dict[str, Any]:
-    """What the profile says of where it was fitted."""
-    device = ENGINES[engine][2]
-    return {
-        "kind": device,
-        "about": {"engine": engine, "device": device, "threads": getattr(ops, "threads", None), "dtype": dtype},
-    }

@@ -263,12 +263,15 @@ class NumbaEngine:
         expected = "weights (B, H, Tq, Tk), v (B, Hkv, Tk, D), H a multiple of Hkv"
         check.expect("weighted_sum", expected, fits, weights=weights, v=v)
         out = self._heads(weights, v.shape[3])  # (B, H, Tq, D)
-        # A hidden value meets the weight 0; where it is not finite, only products without it are right.
-        block = layout.QUERY_BLOCK if not causal or np.isfinite(v).all() else 1
+        if not causal:
+            layout.grouped_product(weights, v, out)
+            return out
+        # In a block a hidden value meets the weight 0; where it is not finite, only blocks of one row are right.
+        block = layout.QUERY_BLOCK if np.isfinite(v).all() else 1
         blocks = layout.query_blocks(weights.shape[2], weights.shape[3], causal, block)
         out[:, :, : blocks[0][0] if blocks else None] = 0
         for first, last, seen in blocks:
-            layout.grouped_product(weights[:, :, first:last, :seen], v[:, :, :seen], out[:, :, first:last])
+            self._causal_sum(weights[:, :, first:last, :seen], v[:, :, :seen], out[:, :, first:last])
         return out
 
     def attention(
@@ -316,6 +319,16 @@ class NumbaEngine:
         """An array (B, H, Tq, width) that lies in memory as (B, Tq, H, width): merging its heads is free."""
         batch, heads, length, _ = q.shape
         return self._empty((batch, length, heads, width), q).transpose(0, 2, 1, 3)
+
+    def _causal_sum(self, weights: Array, v: Array, out: Array) -> None:
+        """One block of causal sums: weights (B, H, m, n) whose last m columns are a triangle, v (B, Hkv, n, D)."""
+        whole = weights.shape[3] - weights.shape[2]
+        triangle = np.tril(weights[..., whole:])  # (B, H, m, m)
+        layout.grouped_product(triangle, v[:, :, whole:], out)
+        if whole:
+            rest = np.empty(out.shape, out.dtype)
+            layout.grouped_product(weights[..., :whole], v[:, :, :whole], rest)
+            out += rest
 
     def _add_bias(self, y: Array, bias: Array) -> None:
         """Add the bias (d,) to y (rows, d), in place."""
