@@ -875,6 +875,19 @@ def test_cupy_broken(monkeypatch, tmp_path):
     assert one_line_error() == "CuPy cannot be loaded: CuPy failed to load libnvrtc.so.12"
 
 
+def test_cupy_has_what_the_engine_calls():
+    """The emulation falls back to NumPy's functions; this needs CuPy, but no device."""
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+    source = Path(cupy_engine.__file__).read_text("utf-8")
+    names = set(re.findall(r"\b(?:xp|cupy)\.(\w+(?:\.\w+)*)", source)) - {"cuda.cublas", "cuda.nvrtc", "scipy.special"}
+    assert {"empty", "cuda.device.get_cublas_handle", "cuda.runtime.memGetInfo"} <= names
+    for name in names:
+        found = cupy
+        for part in name.split("."):
+            assert hasattr(found, part), f"cupy has no {name}"
+            found = getattr(found, part)
+
+
 def test_importing_refimpl_imports_no_cupy():
     code = "import sys, refimpl, refimpl.engines.cupy_engine; sys.exit('cupy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
