@@ -95,7 +95,7 @@ def estimate(method: str, config: ModelConfig, workload: Workload, params: Mappi
     itemsize = DTYPES[workload.dtype]
     weights = _parameters(config, workload) * itemsize
     peak = memory.largest(
-        *(program.held() + moment for moment in program.live().moments),
+        *program.attention_live(),
         program.held() + memory.feed_forward(setting),
         program.held() + memory.convolution(setting),
         memory.head(setting),

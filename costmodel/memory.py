@@ -1,12 +1,11 @@
 """Peak live memory: the elements that are alive at the fullest moments of a forward pass.
 
-Counted from the programs: a sublayer holds its input x and the normed input h until it returns; an op's operands and
-its result are alive together. Weights and tables are added by ``costmodel.estimate``.
+Counted from the programs. An op's operands and its result are alive together; a sublayer's input is alive until it
+returns, and so is the input of its layer. Weights and tables are added by ``costmodel.estimate``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,30 +15,9 @@ from costmodel.ops import Quantity
 if TYPE_CHECKING:
     from costmodel.methods.steps import Setting
 
-
-@dataclass(frozen=True)
-class Live:
-    """Candidates for the peak of one attention sublayer, in elements."""
-
-    moments: tuple[Quantity, ...]
-
-    @classmethod
-    def of_materialised(cls, s: Setting) -> Live:
-        """softmax holds two maps; relative positions hold three and the (T, 2T - 1) scores."""
-        maps = s.B * s.config.heads * s.T * s.T
-        base = 2 * hidden(s) + projections(s)
-        moments = [base + 2 * maps, base + maps + s.rows * s.config.d_attention + hidden(s)]
-        if s.config.position == "relative":
-            shifted = s.B * s.config.heads * s.T * (2 * s.T - 1)
-            moments.append(base + position_keys(s) + 2 * maps + shifted)
-        return cls(tuple(moments))
-
-    @classmethod
-    def of_fused(cls, s: Setting) -> Live:
-        """Projections, context and output; no map."""
-        context = s.rows * s.config.d_attention
-        keys = position_keys(s) if s.config.position == "relative" else 0
-        return cls((2 * hidden(s) + projections(s) + keys + context + hidden(s),))
+# Hidden states that are alive beside what a sublayer makes: the layer's input, the residual, the normed input.
+BESIDE_ATTENTION = {"post-norm": 1, "pre-norm": 2, "conformer": 3}
+BESIDE_FEED_FORWARD = {"post-norm": 2, "pre-norm": 3, "conformer": 3}
 
 
 def hidden(s: Setting) -> Quantity:
@@ -47,27 +25,42 @@ def hidden(s: Setting) -> Quantity:
     return s.rows * s.config.d_model
 
 
-def projections(s: Setting) -> Quantity:
-    """Q, K, V, and the two biased (or the rotated) copies that positions add."""
-    c = s.config
-    extra = {"relative": 2 * c.d_attention, "rotary": c.d_attention + c.d_kv}.get(c.position, 0)
-    return s.rows * (c.d_attention + 2 * c.d_kv + extra)
+def maps(s: Setting, heads: Quantity) -> Quantity:
+    """The maps of so many heads."""
+    return s.B * heads * s.T * s.T
 
 
-def position_keys(s: Setting) -> Quantity:
-    """The projected table of relative positions."""
-    return (2 * s.T - 1) * s.config.d_attention
+def materialised(s: Setting) -> list[Quantity]:
+    """Attention that holds its map: at the position scores and their sum, at the softmax, at the output projection."""
+    heads = s.config.heads
+    before = BESIDE_ATTENTION[s.config.recipe] * hidden(s) + _projections(s)
+    moments = [before + 2 * maps(s, heads), before + maps(s, heads) + _context(s) + hidden(s)]
+    if s.config.position == "relative":
+        shifted = s.B * heads * s.T * (2 * s.T - 1)
+        moments += [before + maps(s, heads) + shifted + _position_keys(s), before + 2 * maps(s, heads) + shifted]
+    return moments
+
+
+def fused(s: Setting) -> list[Quantity]:
+    """Attention without a map: at the output projection."""
+    keys = _position_keys(s) if s.config.position == "relative" else 0
+    return [BESIDE_ATTENTION[s.config.recipe] * hidden(s) + _projections(s) + keys + _context(s) + hidden(s)]
+
+
+def reusing(s: Setting) -> Quantity:
+    """Attention that takes a map, beside that map: values, context and output."""
+    return BESIDE_ATTENTION[s.config.recipe] * hidden(s) + s.rows * s.config.d_kv + _context(s) + hidden(s)
 
 
 def feed_forward(s: Setting) -> Quantity:
-    """x, h, and the hidden width before and after its activation (or gate, up and their product)."""
+    """The hidden width before and after its activation (or gate, up and their product)."""
     c = s.config
-    return 2 * hidden(s) + s.rows * c.d_ff * (3 if c.gated else 2)
+    return BESIDE_FEED_FORWARD[c.recipe] * hidden(s) + s.rows * c.d_ff * (3 if c.gated else 2)
 
 
 def convolution(s: Setting) -> Quantity:
-    """x, h, the doubled width and its gated half."""
-    return (2 + 2 + 1) * hidden(s) if s.config.recipe == "conformer" else 0
+    """The doubled width and its gated half."""
+    return (3 + 2 + 1) * hidden(s) if s.config.recipe == "conformer" else 0
 
 
 def head(s: Setting) -> Quantity:
@@ -82,6 +75,21 @@ def stem(s: Setting) -> Quantity:
         return 2 * hidden(s)
     rows = s.B * c.stem_length(s.T) // c.strides[0]
     return s.B * c.stem_length(s.T) * c.features + rows * (3 * c.features + 2 * c.d_model)
+
+
+def _context(s: Setting) -> Quantity:
+    return s.rows * s.config.d_attention
+
+
+def _projections(s: Setting) -> Quantity:
+    """Q, K, V, and the two biased (or the rotated) copies that positions add."""
+    c = s.config
+    extra = {"relative": 2 * c.d_attention, "rotary": c.d_attention + c.d_kv}.get(c.position, 0)
+    return s.rows * (c.d_attention + 2 * c.d_kv + extra)
+
+
+def _position_keys(s: Setting) -> Quantity:
+    return (2 * s.T - 1) * s.config.d_attention
 
 
 def largest(*candidates: Quantity) -> Any:

@@ -178,12 +178,14 @@ def _pre_norm_layer(at: At, x: Array, layer: Layer, steps: Dense) -> Array:
 
 def _conformer_layer(at: At, x: Array, layer: Layer, steps: Dense) -> Array:
     w, config = layer.weights, layer.config
-    h = steps.feed_forward(at, _norm(at, x, w.first_feed_forward_norm, config), w.first_feed_forward)
-    x = at(RESIDUAL).add(x, h, scale=0.5)
+
+    def half_step(x: Array, norm: Weights, weights: Weights) -> Array:
+        return at(RESIDUAL).add(x, steps.feed_forward(at, _norm(at, x, norm, config), weights), scale=0.5)
+
+    x = half_step(x, w.first_feed_forward_norm, w.first_feed_forward)
     x = at(RESIDUAL).add(x, steps.attention(at, _norm(at, x, w.attention_norm, config), layer))
     x = at(RESIDUAL).add(x, _convolution(at, _norm(at, x, w.convolution_norm, config), w.convolution, config))
-    h = steps.feed_forward(at, _norm(at, x, w.feed_forward_norm, config), w.feed_forward)
-    return _norm(at, at(RESIDUAL).add(x, h, scale=0.5), w.final_norm, config)
+    return _norm(at, half_step(x, w.feed_forward_norm, w.feed_forward), w.final_norm, config)
 
 
 LAYERS = {"post-norm": _post_norm_layer, "pre-norm": _pre_norm_layer, "conformer": _conformer_layer}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from costmodel.memory import Live
+from costmodel import memory
 from costmodel.methods import steps
 from costmodel.methods.steps import Setting, times
 from costmodel.ops import Op, Quantity
@@ -46,10 +46,10 @@ class Dense:
         c = self.setting.config
         return [steps.linear(self.setting, HEAD, c.d_model, c.vocab, 0)] if c.head else []
 
-    def live(self) -> Live:
+    def attention_live(self) -> list[Quantity]:
         """Elements alive at the fullest moments of an attention sublayer."""
-        return Live.of_materialised(self.setting)
+        return memory.materialised(self.setting)
 
     def held(self) -> Quantity:
-        """Elements that the method keeps from layer to layer."""
+        """Elements that the method keeps between sublayers, at most."""
         return 0

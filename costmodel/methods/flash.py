@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from costmodel.memory import Live
+from costmodel import memory
 from costmodel.methods import steps
 from costmodel.methods.dense import Dense
-from costmodel.ops import Op
+from costmodel.ops import Op, Quantity
 from refimpl.components import ATTENTION
 
 
@@ -28,5 +28,5 @@ class Flash(Dense):
             fused = [Op(ATTENTION, "attention", sizes)]
         return [*steps.project_heads(s), *fused, steps.project_output(s)]
 
-    def live(self) -> Live:
-        return Live.of_fused(self.setting)
+    def attention_live(self) -> list[Quantity]:
+        return memory.fused(self.setting)

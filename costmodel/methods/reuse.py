@@ -6,8 +6,7 @@ positions. L layers in groups of G have ceil(L / G) compute layers.
 
 from __future__ import annotations
 
-from collections import Counter
-
+from costmodel import memory
 from costmodel.methods import steps
 from costmodel.methods.dense import Dense
 from costmodel.methods.steps import times
@@ -22,7 +21,7 @@ class Reuse(Dense):
     parameters: ReuseParameters
 
     def attention(self) -> list[Op]:
-        leaders = self.parameters.leaders(self.setting.config.layers)
+        leaders = self._leaders
         reusing = [index for index, leader in enumerate(leaders) if leader != index]
         passing = sum(leaders[index] in leaders[index + 1 :] for index in reusing)
         return [
@@ -75,13 +74,40 @@ class Reuse(Dense):
             return []
         return [Op(SOFTMAX, "concat", {"elements": s.B * c.heads * s.T * s.T})]
 
+    # --- memory -----------------------------------------------------------------------------------------------------
+
+    def attention_live(self) -> list[Quantity]:
+        """A compute layer beside the maps of other groups under way; a reuse layer beside those and its own."""
+        s, one = self.setting, memory.maps(self.setting, self.setting.config.heads)
+        leaders, last = self._leaders, self._last_uses
+        computing = [i for i, leader in enumerate(leaders) if leader == i]
+        others = max(sum(first < i < last[first] for first in computing) for i in computing)
+        moments = [others * one + moment for moment in memory.materialised(s)]
+        if self.parameters.share == "scores":  # they outlive the softmax
+            moments.append(moments[1] + one)
+        reusing = set(range(len(leaders))) - set(computing)
+        if reusing:
+            under_way = max(sum(first < i <= last[first] for first in computing) for i in reusing)
+            moments.append(under_way * one + self._own_share() + memory.reusing(s))
+        return moments
+
+    def _own_share(self) -> Quantity:
+        """What a reuse layer makes beside values, context and output: maps of its own heads, and what it passes on."""
+        s, c, kept = self.setting, self.setting.config, self.kept
+        renormalised = memory.maps(s, c.heads - kept) if self.parameters.share == "scores" else 0
+        passed_on = memory.maps(s, c.heads) if self.passed_on() else 0
+        return 2 * memory.maps(s, kept) + 2 * s.rows * kept * c.head_dim + renormalised + passed_on
+
     def held(self) -> Quantity:
-        """One map per group that is under way, at the fullest moment."""
-        s, c = self.setting, self.setting.config
-        leaders = self.parameters.leaders(c.layers)
-        under_way = Counter(
-            index
-            for leader in set(leaders)
-            for index in range(leader, max(i for i, of in enumerate(leaders) if of == leader))
-        )
-        return max(under_way.values(), default=0) * s.B * c.heads * s.T * s.T
+        """One map per group that is under way."""
+        between = [sum(first <= i < end for first, end in self._last_uses.items()) for i in range(len(self._leaders))]
+        return max(between) * memory.maps(self.setting, self.setting.config.heads)
+
+    @property
+    def _leaders(self) -> tuple[int, ...]:
+        return self.parameters.leaders(self.setting.config.layers)
+
+    @property
+    def _last_uses(self) -> dict[int, int]:
+        """Compute layer -> the last layer that uses its map."""
+        return {leader: index for index, leader in enumerate(self._leaders)}

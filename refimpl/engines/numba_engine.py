@@ -81,13 +81,9 @@ class NumbaEngine:
             self._add_bias(flat, bias)
         return y
 
-    def project(
-        self, x: Array, weight: Array, bias: Array | None, widths: tuple[int, ...]
-    ) -> tuple[Array, ...]:
+    def project(self, x: Array, weight: Array, bias: Array | None, widths: tuple[int, ...]) -> tuple[Array, ...]:
         if sum(widths) != len(weight):
-            message = (
-                f"project: weight {weight.shape} has rows for {len(weight)} columns; widths are {widths}"
-            )
+            message = f"project: weight {weight.shape} has rows for {len(weight)} columns; widths are {widths}"
             raise ShapeError(message)
         y = self.linear(x, weight, bias)  # (..., sum of widths)
         stops = np.cumsum(widths).tolist()
@@ -133,17 +129,13 @@ class NumbaEngine:
 
     def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
         check.per_channel("layer_norm", x, weight=weight, bias=bias)
-        return self._by_rows(
-            rows.kernel_layer_norm, x, layout.vector(weight), layout.vector(bias), float(eps)
-        )
+        return self._by_rows(rows.kernel_layer_norm, x, layout.vector(weight), layout.vector(bias), float(eps))
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
         check.per_channel("rms_norm", x, weight=weight)
         return self._by_rows(rows.kernel_rms_norm, x, layout.vector(weight), float(eps))
 
-    def batch_norm(
-        self, x: Array, mean: Array, variance: Array, weight: Array, bias: Array, eps: float
-    ) -> Array:
+    def batch_norm(self, x: Array, mean: Array, variance: Array, weight: Array, bias: Array, eps: float) -> Array:
         check.per_channel("batch_norm", x, mean=mean, variance=variance, weight=weight, bias=bias)
         scale = weight / np.sqrt(variance + x.dtype.type(eps))  # (d,)
         return self._by_rows(rows.kernel_batch_norm, x, *map(layout.vector, (mean, scale, bias)))
@@ -211,9 +203,7 @@ class NumbaEngine:
 
     # --- attention ------------------------------------------------------------------------------------------
 
-    def scores(
-        self, q: Array, k: Array, scale: float, causal: bool = False, mask: Array | None = None
-    ) -> Array:
+    def scores(self, q: Array, k: Array, scale: float, causal: bool = False, mask: Array | None = None) -> Array:
         check.heads("scores", q, k)
         check.mask("scores", mask, q, k)
         q_len, k_len = q.shape[2], k.shape[2]
@@ -354,9 +344,7 @@ class NumbaEngine:
             width = layout.chunked(x)
             n_rows = -(-x.size // width)
             parts = layout.count(n_rows, x.size)
-            elementwise.kernel_activation(
-                kind, *layout.as_rows(x, width), out.reshape(-1), width, n_rows, parts
-            )
+            elementwise.kernel_activation(kind, *layout.as_rows(x, width), out.reshape(-1), width, n_rows, parts)
         return out
 
     def _gate(self, smooth: bool, a: Array, b: Array) -> Array:

@@ -109,7 +109,8 @@ class NumpyEngine:
         return 0.5 * x * (1.0 + self.erf(x / math.sqrt(2.0)))
 
     def gelu_tanh(self, x: Array) -> Array:
-        return 0.5 * x * (1.0 + self.xp.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))
+        with np.errstate(over="ignore"):  # x^3 = inf gives the right limit
+            return 0.5 * x * (1.0 + self.xp.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))
 
     def silu(self, x: Array) -> Array:
         with np.errstate(over="ignore"):  # exp(-x) = inf gives the right limit, 0

@@ -231,31 +231,31 @@ CASES: dict[str, tuple[Callable[..., Array], tuple[Any, ...]]] = {
     "conv1d": (conv1d, (normal((2, 45, 6)), normal((10, 3, 6)), normal(10), 2)),
     "conv1d wide": (conv1d, (normal((1, 3, 5)), normal((4, 9, 5)), normal(4), 1)),
     "depthwise_conv": (depthwise_conv, (normal((2, 150, 40)), normal((31, 40)), normal(40))),
-    "depthwise_conv parallel": (depthwise_conv, (normal((3, 130, 129)), normal((7, 129)), normal(129))),
-    "layer_norm": (layer_norm, (normal((2, 300, 97)) + 3, normal(97), normal(97), 1e-5)),
-    "rms_norm": (rms_norm, (normal((2, 300, 97)) + 3, normal(97), 1e-6)),
+    "depthwise_conv parallel": (depthwise_conv, (normal((3, 180, 129)), normal((7, 129)), normal(129))),
+    "layer_norm": (layer_norm, (normal((2, 350, 97)) + 3, normal(97), normal(97), 1e-5)),
+    "rms_norm": (rms_norm, (normal((2, 350, 97)) + 3, normal(97), 1e-6)),
     "batch_norm": (
         batch_norm,
-        (normal((2, 300, 97)) + 3, normal(97) + 3, normal(97) ** 2, normal(97), normal(97), 1e-5),
+        (normal((2, 350, 97)) + 3, normal(97) + 3, normal(97) ** 2, normal(97), normal(97), 1e-5),
     ),
-    "add residual": (add, (normal((3, 111, 113)), normal((3, 111, 113)), 0.5)),
-    "add table": (add, (normal((3, 111, 113)), normal((111, 113)))),
-    "add bias": (add, (normal((3, 111, 113)), normal(113))),
+    "add residual": (add, (normal((3, 211, 113)), normal((3, 211, 113)), 0.5)),
+    "add table": (add, (normal((3, 211, 113)), normal((211, 113)))),
+    "add bias": (add, (normal((3, 211, 113)), normal(113))),
     "add other": (add, (normal((3, 5, 7)), normal((3, 1, 7)))),
-    "gelu": (gelu, (6 * normal((5, 99, 101)),)),
-    "gelu_tanh": (gelu_tanh, (6 * normal((5, 99, 101)),)),
-    "silu": (silu, (30 * normal((5, 99, 101)),)),
-    "relu": (relu, (normal((5, 99, 101)),)),
-    "glu": (glu, (30 * normal((5, 99, 202)),)),
-    "swiglu": (swiglu, (30 * normal((5, 99, 101)), normal((5, 99, 101)))),
-    "rotary halves": (rotary, (heads(2, 3, 150, 48), *angles(150, 24), False)),
-    "rotary pairs": (rotary, (heads(2, 3, 150, 48), *angles(150, 24), True)),
+    "gelu": (gelu, (6 * normal((5, 139, 101)),)),
+    "gelu_tanh": (gelu_tanh, (6 * normal((5, 139, 101)),)),
+    "silu": (silu, (30 * normal((5, 139, 101)),)),
+    "relu": (relu, (normal((5, 139, 101)),)),
+    "glu": (glu, (30 * normal((5, 139, 202)),)),
+    "swiglu": (swiglu, (30 * normal((5, 139, 101)), normal((5, 139, 101)))),
+    "rotary halves": (rotary, (heads(2, 3, 250, 48), *angles(250, 24), False)),
+    "rotary pairs": (rotary, (heads(2, 3, 250, 48), *angles(250, 24), True)),
     "scores": (scores, (heads(2, 6, 150, 16), heads(2, 6, 150, 16), 0.3)),
     "scores grouped": (scores, (heads(2, 6, 37, 16), heads(1, 2, 70, 16), 0.3, False, ANY_MASK)),
     "scores causal": (scores, (heads(1, 2, 400, 16), heads(1, 2, 400, 16), -0.3, True)),
-    "add_relative": (add_relative, (normal((2, 3, 90, 90)), normal((2, 3, 90, 179)))),
+    "add_relative": (add_relative, (normal((2, 3, 110, 110)), normal((2, 3, 110, 219)))),
     "softmax": (softmax, (3 * normal((2, 3, 90, 301)),)),
-    "softmax causal": (softmax, (3 * normal((2, 3, 90, 120)), True)),
+    "softmax causal": (softmax, (3 * normal((2, 3, 90, 130)), True)),
     "weighted_sum": (weighted_sum, (normal((2, 6, 37, 70)), heads(2, 2, 70, 16))),
     "weighted_sum causal": (weighted_sum, (normal((1, 2, 400, 400)), heads(1, 2, 400, 16), True)),
     "attention": (attention, (heads(2, 4, 37, 24), heads(2, 2, 70, 24), heads(2, 2, 70, 9), None, True)),
@@ -427,13 +427,13 @@ def test_rows_of_any_width(count: int, width: int, seed: int) -> None:
 
 # --- layouts and threads --------------------------------------------------------------------------------------------
 
-X = normal((3, 120, 3 * 96)).astype(np.float32)  # (B, T, three parts)
+X = normal((3, 240, 3 * 96)).astype(np.float32)  # (B, T, three parts)
 PART = X[..., 96:192]
-HEADS = PART.reshape(3, 120, 4, 24).transpose(0, 2, 1, 3)  # (B, H, T, D)
-COS, SIN = (a.astype(np.float32) for a in angles(120, 12))
+HEADS = PART.reshape(3, 240, 4, 24).transpose(0, 2, 1, 3)  # (B, H, T, D)
+COS, SIN = (a.astype(np.float32) for a in angles(240, 12))
 D = normal(96).astype(np.float32)
 CALLS: dict[str, Callable[[Array, Array], Array]] = {
-    "linear": lambda x, h: ENGINE.linear(x, PART[0], PART[0, 0, :1].repeat(120)),
+    "linear": lambda x, h: ENGINE.linear(x, PART[0], PART[0, 0, :1].repeat(240)),
     "depthwise_conv": lambda x, h: ENGINE.depthwise_conv(x, X[0, :9, :96], D),
     "layer_norm": lambda x, h: ENGINE.layer_norm(x, D, D, 1e-5),
     "rms_norm": lambda x, h: ENGINE.rms_norm(x, D, 1e-5),

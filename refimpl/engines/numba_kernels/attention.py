@@ -217,9 +217,7 @@ def _hide_future(scores: Pointer, first_query: int, first_key: int, keys: int, s
 
 
 @_part
-def _hide_masked(
-    scores: Pointer, b: int, h: int, first_query: int, first_key: int, keys: int, call: Call
-) -> None:
+def _hide_masked(scores: Pointer, b: int, h: int, first_query: int, first_key: int, keys: int, call: Call) -> None:
     """Hide the keys where the mask is False. A mask that is the same for all queries is read once per key."""
     mask, sizes = call.mask, call.sizes
     lanes, vector = sizes.lanes, sizes.vector
@@ -271,15 +269,11 @@ def _add_position_scores(
 
 
 @_part
-def _add_values(
-    outputs: Pointer, state: Pointer, values: Pointer, keys: int, weights: Pointer, sizes: Sizes
-) -> None:
+def _add_values(outputs: Pointer, state: Pointer, values: Pointer, keys: int, weights: Pointer, sizes: Sizes) -> None:
     """Set ``outputs = factor * outputs + values.T @ weights`` for (keys, Dv_padded) values, tile by tile."""
     factor = offset(state, 2 * sizes.lanes)
     for d in range(0, sizes.Dv_padded, _ROWS):
-        rescale_add_tile(
-            offset(outputs, d * sizes.lanes), factor, offset(values, d), weights, keys, sizes.Dv_padded
-        )
+        rescale_add_tile(offset(outputs, d * sizes.lanes), factor, offset(values, d), weights, keys, sizes.Dv_padded)
 
 
 @_part

@@ -26,9 +26,7 @@ def padded_width(channels: int, itemsize: int) -> int:
 
 
 @intrinsic
-def _convolve_block(
-    typingctx: Any, window: Any, weight: Any, bias: Any, out: Any, kernel: Any, width: Any
-) -> Any:
+def _convolve_block(typingctx: Any, window: Any, weight: Any, bias: Any, out: Any, kernel: Any, width: Any) -> Any:
     """Convolve ROWS rows of one vector of channels, at which every array starts; rows are `width` apart.
 
     LLVM's loop vectoriser does not keep sums in registers while it walks over the taps; this does.

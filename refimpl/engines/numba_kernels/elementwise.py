@@ -123,16 +123,21 @@ def _rotate_pairs(x, cos, sin, out):
 @njit(**STEP)
 def _rotary_rows(x, strides, cos, sin, interleaved, out, heads, length, first, last):
     """Rotate rows of x (B, H, T, D) by the angles of their t."""
-    half = cos.size // max(length, 1)
+    half = cos.size // length
+    t, h, b = first % length, first // length % heads, first // (length * heads)
     for i in range(first, last):
-        t, h, b = i % length, i // length % heads, i // (length * heads)
         start, place = b * strides[0] + h * strides[1] + t * strides[2], 2 * i * half
-        cosines, sines = span(cos, t * half, half), span(sin, t * half, half)
+        c, s = span(cos, t * half, half), span(sin, t * half, half)
         if interleaved:
-            _rotate_pairs(span(x, start, 2 * half), cosines, sines, span(out, place, 2 * half))
+            _rotate_pairs(span(x, start, 2 * half), c, s, span(out, place, 2 * half))
         else:
             left, right = span(x, start, half), span(x, start + half, half)
-            _rotate_halves(left, right, cosines, sines, span(out, place, half), span(out, place + half, half))
+            _rotate_halves(left, right, c, s, span(out, place, half), span(out, place + half, half))
+        t += 1
+        if t == length:
+            t, h = 0, h + 1
+        if h == heads:
+            h, b = 0, b + 1
 
 
 @njit(**KERNEL)

@@ -12,7 +12,7 @@ from refimpl.errors import ShapeError
 Array = Any
 
 CHUNK = 4096  # elements in a "row" of a contiguous array that an elementwise kernel walks over
-SERIAL_ELEMENTS = 2**15  # below this, waking a second thread (some 10 us) costs more than it saves
+SERIAL_ELEMENTS = 2**16  # below this, waking a second thread (some 15 us) costs more than it saves
 MOST_PARTS = 64  # pieces that a kernel is cut into for its threads
 QUERY_BLOCK = 256  # query rows per product under a causal mask; keys beyond the last row's are left out
 
@@ -95,9 +95,7 @@ def whole_rows(mask: Array, shape: tuple[int, ...]) -> Array:
     return np.broadcast_to(rows, shape)
 
 
-def query_blocks(
-    q_len: int, k_len: int, causal: bool, block: int = QUERY_BLOCK
-) -> list[tuple[int, int, int]]:
+def query_blocks(q_len: int, k_len: int, causal: bool, block: int = QUERY_BLOCK) -> list[tuple[int, int, int]]:
     """Ranges of query rows and how many keys the last row sees; rows that see none are left out."""
     if not causal:
         return [(0, q_len, k_len)]

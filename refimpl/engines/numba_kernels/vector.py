@@ -183,9 +183,7 @@ class _Vectors:
 
     def shuffle(self, a: ir.Value, b: ir.Value, order: list[int]) -> ir.Value:
         """Pick lanes from two vectors laid end to end."""
-        return self.builder.shuffle_vector(
-            a, b, ir.Constant(ir.VectorType(ir.IntType(32), self.count), order)
-        )
+        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), self.count), order))
 
 
 def _variables(builder: ir.IRBuilder, values: Sequence[ir.Value]) -> list[ir.Value]:
@@ -270,9 +268,7 @@ def dot_tile(typingctx: Any, out: Any, a: Any, b: Any, depth: Any, row_stride: A
 
 
 @intrinsic
-def rescale_add_tile(
-    typingctx: Any, out: Any, factor: Any, a: Any, b: Any, depth: Any, step_stride: Any
-) -> Any:
+def rescale_add_tile(typingctx: Any, out: Any, factor: Any, a: Any, b: Any, depth: Any, step_stride: Any) -> Any:
     """Set the tile ``out = factor * out + a.T @ b``: a (depth, rows), rows `step_stride` apart, b a panel."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
@@ -413,9 +409,7 @@ def skew_add(typingctx: Any, scores: Any, rows: Any, positions: Any) -> Any:
             with cgutils.for_range(builder, builder.sub(last, cgutils.intp_t(shift - 1))) as loop:
                 here = vectors.panel_row(skewed, builder.sub(last, loop.index))
                 above = vectors.load_row(vectors.panel_row(here, -shift))
-                moved = [
-                    vectors.shuffle(a, b, order) for a, b in zip(vectors.load_row(here), above, strict=True)
-                ]
+                moved = [vectors.shuffle(a, b, order) for a, b in zip(vectors.load_row(here), above, strict=True)]
                 vectors.store_row(moved, here)
             shift //= 2
         with cgutils.for_range(builder, count) as loop:

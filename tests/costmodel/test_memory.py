@@ -1,0 +1,57 @@
+"""Peak live memory in closed form, against what the numba engine's allocator has seen."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+import costmodel
+from refimpl import load_model
+from refimpl.config import Workload, preset
+from refimpl.engines.numba_engine import NumbaEngine
+from refimpl.inputs import random_inputs
+from refimpl.model import Runner, position_tables
+
+ENGINE = NumbaEngine()
+PARAMETERS: dict[str, list[dict[str, Any]]] = {
+    "dense": [{}],
+    "flash": [{}],
+    "reuse": [{}, {"group": 3, "heads": 2}, {"groups": [[0, 2], [1, 3]]}, {"share": "scores", "group": 4}],
+}
+
+
+@pytest.mark.parametrize("method", PARAMETERS)
+@pytest.mark.parametrize("name", ["conformer-m", "whisper-tiny-en", "minilm-l6", "smollm2-135m", "dinov2-s"])
+def test_peak_is_an_upper_bound_within_a_tenth(name: str, method: str) -> None:
+    config = replace(preset(name), layers=4, vocab=min(preset(name).vocab, 500))
+    for seq, batch in ((220, 2), (600, 1)):
+        for params in PARAMETERS[method]:
+            if "heads" in params and config.kv_heads != config.heads:
+                continue
+            ENGINE.buffers.release()
+            ENGINE.buffers.reset_high_water()
+            runner = Runner(load_model(config, positions=seq), ENGINE)
+            runner(random_inputs(config, seq, batch), method, params)
+            cost = costmodel.estimate(method, config, Workload(seq, batch), params)
+            tables = sum(table.nbytes for table in position_tables(config, seq, "float32"))
+            seen = ENGINE.buffers.high_water_bytes + tables + cost.params_bytes
+            assert seen <= cost.peak_bytes <= seen + 0.1 * ENGINE.buffers.high_water_bytes, (seq, params)
+
+
+def test_maps_dominate_long_sequences_and_flash_has_none() -> None:
+    config = preset("conformer-m")
+    dense, flash = (costmodel.estimate(method, config, Workload(16384)).peak_bytes for method in ("dense", "flash"))
+    one_map = 4 * 16384**2 * 4
+    assert dense > 3 * one_map
+    assert flash < one_map / 4
+
+
+def test_reuse_holds_one_map_per_group_under_way() -> None:
+    config = preset("minilm-l6")
+    work = Workload(4096)
+    one_map = 12 * 4096**2 * 4
+    nested = costmodel.estimate("reuse", config, work, {"groups": [[0, 5], [1, 4], [2, 3]]}).peak_bytes
+    plain = costmodel.estimate("reuse", config, work, {"group": 2}).peak_bytes
+    assert nested - plain == 2 * one_map
