@@ -48,9 +48,9 @@ _FORMATS = {
 # minimax fits (Lawson) whose constants are held at 1, so that gelu(x) -> x / 2. Their error in gelu(x) is below 3e-8,
 # and below 2e-5 of gelu(x) where |x| < 5.
 _GAUSSIAN_TAIL = (
-    1.0, 1.1511242389678955, 0.4590787887573242, 0.052815284579992294, -0.007444852963089943,
-    0.0003786351880989969, 0.00010597670188872144, -2.7688347472576424e-05, 2.791146471281536e-06,
-    -1.0933638350252295e-07,
+    1.0, 1.1511094570159912, 0.45918169617652893, 0.052548184990882874, -0.00709206098690629,
+    0.00011099640687461942, 0.00022897777671460062, -6.236809713300318e-05, 8.63225977809634e-06,
+    -6.468109177149017e-07, 2.0718029958288753e-08,
 )  # fmt: skip
 _POWER_OF_2 = (
     1.0, 0.6931470036506653, 0.24022242426872253, 0.05550732463598251, 0.009671499952673912,
@@ -162,7 +162,7 @@ class _Scalar:
     def gelu(self, x: ir.Value) -> ir.Value:
         zero, negative = self.constant(0.0), self.builder.fneg(x)
         size = self.choose(x, "<", zero, negative, x)
-        size = self.choose(size, ">", self.constant(16.0), self.constant(16.0), size)  # where 2**-h is 0
+        size = self.choose(size, ">", self.constant(16.0), self.constant(16.0), size)  # 2**-h is 0 from 15 on
         tail = self.exp2(self.builder.fneg(self.polynomial(size, _GAUSSIAN_TAIL)))
         positive = self.choose(x, "<", zero, zero, x)
         return self.multiply_add(self.builder.fneg(size), tail, positive)

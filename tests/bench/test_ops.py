@@ -1,0 +1,78 @@
+"""One benchmark per op, at the sizes of a Conformer-M layer with T = 512 (float32)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from costmodel.ops import FORMULAS
+from refimpl.engines.protocol import SIZES
+
+B, T, d, H, D, f, V = 1, 512, 256, 4, 64, 1024, 5000
+RNG = np.random.default_rng(0)
+
+
+def array(*shape: int) -> Any:
+    return RNG.standard_normal(shape, dtype=np.float32)
+
+
+HIDDEN, HEADS, MAP = array(B, T, d), array(B, H, T, D), array(B, H, T, T)
+ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {
+    "linear": lambda: (HIDDEN, array(f, d), array(f)),
+    "project": lambda: (HIDDEN, array(3 * d, d), array(3 * d), (d, d, d)),
+    "conv1d": lambda: (array(B, 2 * T, 80), array(d, 3, 80), array(d), 2),
+    "depthwise_conv": lambda: (HIDDEN, array(31, d), array(d)),
+    "embedding": lambda: (array(V, d), RNG.integers(0, V, (B, T))),
+    "layer_norm": lambda: (HIDDEN, array(d), array(d), 1e-5),
+    "rms_norm": lambda: (HIDDEN, array(d), 1e-5),
+    "batch_norm": lambda: (HIDDEN, array(d), np.abs(array(d)), array(d), array(d), 1e-5),
+    "add": lambda: (HIDDEN, array(B, T, d)),
+    "gelu": lambda: (array(B, T, f),),
+    "gelu_tanh": lambda: (array(B, T, f),),
+    "silu": lambda: (array(B, T, f),),
+    "relu": lambda: (array(B, T, f),),
+    "glu": lambda: (array(B, T, 2 * d),),
+    "swiglu": lambda: (array(B, T, f), array(B, T, f)),
+    "rotary": lambda: (HEADS, array(T, D // 2), array(T, D // 2), False),
+    "concat": lambda: ((HEADS, array(B, H, T, D)), 1),
+    "scores": lambda: (HEADS, array(B, H, T, D), 0.125),
+    "add_relative": lambda: (MAP, array(B, H, T, 2 * T - 1)),
+    "softmax": lambda: (MAP,),
+    "weighted_sum": lambda: (MAP, HEADS),
+    "attention": lambda: (HEADS, array(B, H, T, D), array(B, H, T, D)),
+    "relative_attention": lambda: (HEADS, HEADS, HEADS, HEADS, array(H, 2 * T - 1, D), 0.125),
+}
+
+
+@pytest.mark.parametrize("op", SIZES)
+def test_op(benchmark: Any, engine: Any, op: str) -> None:
+    given = ARGUMENTS[op]()
+    placed = [_placed(engine, argument) for argument in given]
+    function = getattr(engine, op)
+
+    def once() -> None:
+        function(*placed)
+        engine.elapsed_s(start, engine.mark())  # waits for the device
+
+    start = engine.mark()
+    once()  # compiles
+    benchmark.group = op
+    benchmark.extra_info.update(_rates(op, given))
+    benchmark(once)
+
+
+def _placed(engine: Any, argument: Any) -> Any:
+    if isinstance(argument, np.ndarray):
+        return engine.asarray(argument)
+    if isinstance(argument, tuple) and isinstance(argument[0], np.ndarray):
+        return tuple(engine.asarray(part) for part in argument)
+    return argument
+
+
+def _rates(op: str, given: tuple[Any, ...]) -> dict[str, int]:
+    """FLOPs and bytes of the call, so that a stored time can be read as a rate."""
+    cost = FORMULAS[op](4, **SIZES[op](*given))
+    return {"flops": int(cost.flops), "bytes_moved": int(cost.bytes_moved)}
