@@ -1,4 +1,4 @@
-"""The figures of ``effref maps``: diagonality and likeness of attention maps on one input, and the grouping they suggest."""
+"""The figures of ``effref maps``: how diagonal and how alike attention maps are, and the grouping that suggests."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ class _Scalar:
     def gelu(self, x: ir.Value) -> ir.Value:
         zero, negative = self.constant(0.0), self.builder.fneg(x)
         size = self.choose(x, "<", zero, negative, x)
-        size = self.choose(size, ">", self.constant(16.0), self.constant(16.0), size)  # 2**-h is 0 from 15 on
+        size = self.choose(size, ">", self.constant(16.0), self.constant(16.0), size)  # 2**-h is 0 from 12 on
         tail = self.exp2(self.builder.fneg(self.polynomial(size, _GAUSSIAN_TAIL)))
         positive = self.choose(x, "<", zero, zero, x)
         return self.multiply_add(self.builder.fneg(size), tail, positive)
