@@ -17,6 +17,7 @@ from .files import OutputError
 from .progress import Progress
 
 LOCAL = "local"
+BUSY_SHARE = 0.1  # of all cores, taken by others, from which a measurement is said to be disturbed
 _PRIVATE = ("L1D", "L2")  # cache levels that every core has for itself
 # A word of the machine's own name -> its preset; the first that occurs counts, the last is for all others.
 _CPUS = {
@@ -85,7 +86,7 @@ def calibrate(engine: str, threads: int, dtype: str, seconds: float | None, prog
     given = {} if seconds is None else {"seconds": seconds}
     progress.stage(f"calibrating {engine}, {threads} threads, {dtype}: once, for a while")
     start = time.perf_counter()
-    with limited(engine, threads):
+    with limited(engine, threads), disturbances_noted("calibrating", progress):
         hardware = calibration.calibrate(engine, threads, dtype, progress=progress.advance, **given)
     spent = time.perf_counter() - start
     try:
@@ -93,6 +94,28 @@ def calibrate(engine: str, threads: int, dtype: str, seconds: float | None, prog
     except OutputError as error:
         progress.note(f"calibrated in {spent:.0f} s, for this run only: {error}")
     return hardware
+
+
+@contextmanager
+def disturbances_noted(what: str, progress: Progress) -> Iterator[None]:
+    """Note when other programs (or other guests of the host) kept cores busy meanwhile: times are then too long."""
+    import psutil
+
+    def used_s() -> tuple[float, float, float]:
+        every, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        idle = every.idle + getattr(every, "iowait", 0.0)
+        guests = getattr(every, "guest", 0.0) + getattr(every, "guest_nice", 0.0)  # counted in user and nice, too
+        return sum(every) - idle - guests, own.user + own.system, time.perf_counter()
+
+    busy, own, start = used_s()
+    yield
+    busy, own, wall = (after - before for after, before in zip(used_s(), (busy, own, start), strict=True))
+    others = max(busy - own, 0.0) / max(wall, 1e-9)  # cores
+    if others > BUSY_SHARE * (psutil.cpu_count() or 1):
+        progress.note(
+            f"other programs kept {others:.1f} of {psutil.cpu_count()} cores busy while {what}: the times are too long "
+            "and unsteady; close them and run again"
+        )
 
 
 @contextmanager

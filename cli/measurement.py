@@ -173,7 +173,8 @@ def measured(
         for note in dict.fromkeys(note for given in inputs.values() for note in given.notes):
             progress.note(note)
         bench = Bench(request, methods, machine, Runner(model, ops), inputs, timing, progress)
-        finished = bench.run()
+        with machines.disturbances_noted("measuring", progress):
+            finished = bench.run()
     found = bench.results()
     document = results.document(request, machine, found, progress.notes)
     document["config"] |= {**vars(timing), "input": str(source.path) if source.path else "seeded random"}

@@ -121,7 +121,10 @@ class Buffers:
         return blocks[-1]
 
     def _live_bytes(self) -> int:
-        count, free = sys.getrefcount, _REFERENCES_OF_A_FREE_OWNER  # as in `free`, without a call for each block
+        count, free = (
+            sys.getrefcount,
+            _REFERENCES_OF_A_FREE_OWNER,
+        )  # as in `free`, without a call for each block
         every = [block for blocks in self._blocks.values() for block in blocks]
         return sum([block.requested for block in every if count(block.owner) > free])
 

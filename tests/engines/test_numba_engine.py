@@ -384,9 +384,27 @@ length = st.integers(1, 40)
 
 
 @PROPERTY
-@given(small, small, small, length, length, st.integers(1, 20), st.booleans(), st.booleans(), st.integers(0, 2**31))
+@given(
+    small,
+    small,
+    small,
+    length,
+    length,
+    st.integers(1, 20),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
 def test_attention_steps_on_any_shape(
-    batch: int, groups: int, shared: int, q_len: int, k_len: int, width: int, causal: bool, masked: bool, seed: int
+    batch: int,
+    groups: int,
+    shared: int,
+    q_len: int,
+    k_len: int,
+    width: int,
+    causal: bool,
+    masked: bool,
+    seed: int,
 ) -> None:
     rng = np.random.default_rng(seed)
     q = rng.standard_normal((batch, groups * shared, q_len, width), dtype=np.float32)
@@ -400,10 +418,15 @@ def test_attention_steps_on_any_shape(
 
 
 @PROPERTY
-@given(small, st.integers(1, 30), st.integers(1, 40), st.integers(1, 12), st.integers(1, 4), st.integers(0, 2**31))
-def test_convolutions_on_any_shape(
-    batch: int, length: int, width: int, kernel: int, stride: int, seed: int
-) -> None:
+@given(
+    small,
+    st.integers(1, 30),
+    st.integers(1, 40),
+    st.integers(1, 12),
+    st.integers(1, 4),
+    st.integers(0, 2**31),
+)
+def test_convolutions_on_any_shape(batch: int, length: int, width: int, kernel: int, stride: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((batch, length, width), dtype=np.float32)
     weight, bias = rng.standard_normal((3, kernel, width), dtype=np.float32), np.ones(3, np.float32)
@@ -556,12 +579,24 @@ Z = np.zeros
         (lambda f: ENGINE.add(Z((2, 3), f), Z((2, 3))), ["float32", "float64"]),
         (lambda f: ENGINE.glu(Z((2, 3), f)), ["x (2, 3)"]),
         (lambda f: ENGINE.swiglu(Z((2, 3), f), Z((2, 4), f)), ["gate (2, 3)", "up (2, 4)"]),
-        (lambda f: ENGINE.rotary(Z((1, 1, 4, 6), f), Z((4, 2), f), Z((4, 2), f), True), ["(1, 1, 4, 6)", "(4, 2)"]),
+        (
+            lambda f: ENGINE.rotary(Z((1, 1, 4, 6), f), Z((4, 2), f), Z((4, 2), f), True),
+            ["(1, 1, 4, 6)", "(4, 2)"],
+        ),
         (lambda f: ENGINE.concat((Z((2, 3), f), Z((3, 4), f)), 1), ["(2, 3)", "(3, 4)"]),
-        (lambda f: ENGINE.scores(Z((1, 3, 4, 6), f), Z((1, 2, 4, 6), f), 1.0), ["q (1, 3, 4, 6)", "k (1, 2, 4, 6)"]),
+        (
+            lambda f: ENGINE.scores(Z((1, 3, 4, 6), f), Z((1, 2, 4, 6), f), 1.0),
+            ["q (1, 3, 4, 6)", "k (1, 2, 4, 6)"],
+        ),
         (lambda f: ENGINE.softmax(Z((3, 4), f)), ["scores (3, 4)"]),
-        (lambda f: ENGINE.add_relative(Z((1, 1, 3, 3), f), Z((1, 1, 3, 6), f)), ["(1, 1, 3, 3)", "(1, 1, 3, 6)"]),
-        (lambda f: ENGINE.weighted_sum(Z((1, 1, 2, 3), f), Z((1, 1, 4, 3), f)), ["(1, 1, 2, 3)", "(1, 1, 4, 3)"]),
+        (
+            lambda f: ENGINE.add_relative(Z((1, 1, 3, 3), f), Z((1, 1, 3, 6), f)),
+            ["(1, 1, 3, 3)", "(1, 1, 3, 6)"],
+        ),
+        (
+            lambda f: ENGINE.weighted_sum(Z((1, 1, 2, 3), f), Z((1, 1, 4, 3), f)),
+            ["(1, 1, 2, 3)", "(1, 1, 4, 3)"],
+        ),
         (
             lambda f: ENGINE.attention(Z((1, 1, 2, 3), f), Z((1, 1, 2, 3), f), Z((1, 1, 4, 3), f)),
             ["k (1, 1, 2, 3)", "v (1, 1, 4, 3)"],

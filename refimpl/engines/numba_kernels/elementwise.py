@@ -99,21 +99,25 @@ def kernel_bias(out, bias, rows, parts):
     share(_bias_rows, (out, bias), rows, parts)
 
 
-@njit(**STEP)
-def _rotate_halves(a, b, cos, sin, y, z):
-    """Rotate pairs (a[j], b[j]) into (y[j], z[j]), all (D / 2,). LLVM vectorises only one result a loop."""
-    full_width()
-    for j in range(cos.size):
-        y[j] = a[j] * cos[j] - b[j] * sin[j]
-    for j in range(cos.size):
-        z[j] = a[j] * sin[j] + b[j] * cos[j]
+# Indices below are unsigned: such are never negative, which LLVM cannot see of ``2 j`` and would test each time.
 
 
 @njit(**STEP)
-def _rotate_pairs(x, cos, sin, out):
-    """Rotate neighbours (x[2j], x[2j + 1]): x and out (D,), cos and sin (D / 2,)."""
+def _rotate_halves(x, cos, sin, out):
+    """Rotate pairs (x[j], x[j + D / 2]): x and out (D,), cos and sin (D / 2,)."""
     full_width()
-    one, two = np.uintp(1), np.uintp(2)  # an unsigned index is never negative, which LLVM cannot see of 2 j
+    half = np.uintp(cos.size)
+    for j in range(half):
+        a, b = x[j], x[j + half]
+        out[j] = a * cos[j] - b * sin[j]
+        out[j + half] = a * sin[j] + b * cos[j]
+
+
+@njit(**STEP)
+def _rotate_neighbours(x, cos, sin, out):
+    """Rotate pairs (x[2j], x[2j + 1]): x and out (D,), cos and sin (D / 2,)."""
+    full_width()
+    one, two = np.uintp(1), np.uintp(2)
     for j in range(np.uintp(cos.size)):
         a, b = x[two * j], x[two * j + one]
         out[two * j] = a * cos[j] - b * sin[j]
@@ -127,12 +131,11 @@ def _rotary_rows(x, strides, cos, sin, interleaved, out, heads, length, first, l
     t, h, b = first % length, first // length % heads, first // (length * heads)
     for i in range(first, last):
         start, place = b * strides[0] + h * strides[1] + t * strides[2], 2 * i * half
-        c, s = span(cos, t * half, half), span(sin, t * half, half)
+        row, y = span(x, start, 2 * half), span(out, place, 2 * half)
         if interleaved:
-            _rotate_pairs(span(x, start, 2 * half), c, s, span(out, place, 2 * half))
+            _rotate_neighbours(row, span(cos, t * half, half), span(sin, t * half, half), y)
         else:
-            left, right = span(x, start, half), span(x, start + half, half)
-            _rotate_halves(left, right, c, s, span(out, place, half), span(out, place + half, half))
+            _rotate_halves(row, span(cos, t * half, half), span(sin, t * half, half), y)
         t += 1
         if t == length:
             t, h = 0, h + 1
