@@ -54,6 +54,8 @@ def _model(recipe: str, d_model: int, heads: int, d_ff: int, **changes: Any) -> 
                       "embedding_norm": True, "final_norm": False},
         "pre-norm": {"stem": "frames", "features": 48, "strides": (1, 2), "position": "sinusoidal",
                      "max_positions": 4096},
+        "patches": {"recipe": "pre-norm", "stem": "patches", "features": 200, "position": "learned",
+                    "max_positions": 4096},
         "decoder": {"recipe": "pre-norm", "vocab": 5000, "position": "rotary", "norm": "rms", "bias": False,
                     "activation": "silu", "gated": True, "causal": True, "head": True},
     }[recipe]  # fmt: skip
@@ -76,7 +78,9 @@ CELLS = (
     Cell(_model("pre-norm", 320, 5, 1280), 1250),
     Cell(_model("pre-norm", 512, 8, 2048), 160),
     Cell(_model("pre-norm", 192, 3, 768), 2300),
+    Cell(_model("patches", 256, 4, 1024), 210),
     Cell(_model("decoder", 512, 8, 1408, kv_heads=2), 330),
+    Cell(_model("decoder", 192, 3, 576), 1400),
     Cell(_model("decoder", 448, 7, 1216), 900),
     Cell(_model("decoder", 768, 6, 2048, kv_heads=3, activation="gelu_tanh", gated=False), 60),
 )

@@ -162,7 +162,7 @@ def measured(
     request: Request, hardware: str | Hardware | None, source: Source, timing: Timing, progress: Progress
 ) -> dict[str, Any]:
     """The result without its context."""
-    ops = _engine(request)
+    ops = _engine(request, progress)
     with machines.limited(request.engine, request.threads):
         _what_fits(replace(request, lengths=(1,)) if source.decides else request, Progress())
         model = _model(request, source, timing, progress)
@@ -182,8 +182,10 @@ def measured(
     return document if finished else {**document, "interrupted": True}
 
 
-def _engine(request: Request) -> Engine:
+def _engine(request: Request, progress: Progress) -> Engine:
     ops = get_engine(request.engine)
+    if hasattr(ops, "warm_up"):
+        ops.warm_up(progress.line)
     if hasattr(ops, "set_threads"):
         ops.set_threads(request.threads)
     return ops

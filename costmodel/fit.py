@@ -19,14 +19,14 @@ import numpy as np
 from costmodel.closed_form import Estimate
 from costmodel.hardware import Band, Hardware, MemoryLevel, OpModel
 from costmodel.ops import FORMULAS, Cost
-from costmodel.predict import predict, seconds_of_call
+from costmodel.predict import kind_of, predict, seconds_of_call
 from refimpl.errors import ConfigError
 
 STREAM = "add"  # the op that only moves data; its bandwidths are the machine's
 PRODUCTS = ("linear", "project")  # the ops whose best rate is the machine's matrix peak
 FOLDS = 4
 
-# op -> sizes whose half-performance length is fitted
+# op -> sizes whose half-performance length is fitted; an op under a causal mask has the same, and constants of its own
 HALVES: dict[str, tuple[str, ...]] = {
     "linear": ("rows", "d_in", "d_out"),
     "project": ("rows", "d_in", "d_out"),
@@ -98,7 +98,7 @@ def _fit_once(passes: Sequence[Pass], itemsize: int, kind: Literal["cpu", "gpu"]
     samples: dict[str, list[Sample]] = defaultdict(list)
     for one in passes:
         for sample in one.samples:
-            samples[sample.op].append(sample)
+            samples[kind_of(sample.op, sample.sizes)].append(sample)
     stream = _fit_op(samples[STREAM], itemsize, None)
     ops = {name: _fit_op(found, itemsize, stream) for name, found in samples.items()} | {STREAM: stream}
     dtype = str(about["dtype"])
@@ -120,12 +120,12 @@ def _fit_once(passes: Sequence[Pass], itemsize: int, kind: Literal["cpu", "gpu"]
     )
 
 
-def _best_rate(samples: Mapping[str, list[Sample]], itemsize: int, flops: str, ops: tuple[str, ...]) -> float:
+def _best_rate(samples: Mapping[str, list[Sample]], itemsize: int, flops: str, kinds: tuple[str, ...]) -> float:
     """The highest sustained rate seen."""
     rates = [
-        float(getattr(FORMULAS[op](itemsize, **sample.sizes), flops)) / sample.seconds
-        for op in ops
-        for sample in samples[op]
+        float(getattr(FORMULAS[sample.op](itemsize, **sample.sizes), flops)) / sample.seconds
+        for kind in kinds
+        for sample in samples[kind]
     ]
     return max(rates)
 
@@ -213,11 +213,13 @@ def _held_out(
             continue
         hardware = _fit_once(kept, itemsize, kind, about)
         for one in passes:
-            if _model_of(one) in left_out and all(sample.op in hardware.ops for sample in one.samples):
+            kinds = {kind_of(sample.op, sample.sizes) for sample in one.samples}
+            if _model_of(one) in left_out and kinds <= set(hardware.ops):
                 for sample in one.samples:
+                    key = kind_of(sample.op, sample.sizes)
                     cost = FORMULAS[sample.op](itemsize, **sample.sizes)
-                    expected = seconds_of_call(hardware.ops[sample.op], sample.sizes, cost)
-                    ops[sample.op].append(sample.seconds / float(expected))
+                    expected = seconds_of_call(hardware.ops[key], sample.sizes, cost)
+                    ops[key].append(sample.seconds / float(expected))
                 totals.append(one.total_s / float(predict(one.estimate, hardware).total.seconds))
     return ops, totals
 

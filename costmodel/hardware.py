@@ -72,9 +72,9 @@ class Hardware:
     memory : tuple of MemoryLevel
         From the fastest level outward.
     ops : mapping
-        op -> OpModel; empty for a preset.
+        kind of op (`costmodel.predict.kind_of`) -> OpModel; empty for a preset.
     bands : mapping
-        op -> Band, and "total" for whole passes.
+        kind of op -> Band, and "total" for whole passes.
     about : mapping
         What a profile was fitted on: engine, device, threads, dtype, host, date, samples, residuals.
     """

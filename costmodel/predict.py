@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from costmodel.closed_form import Estimate
-from costmodel.hardware import Hardware, OpModel
+from costmodel.hardware import Band, Hardware, OpModel
 from costmodel.ops import Cost, Op, Quantity
 from refimpl.components import COMPONENTS
 from refimpl.errors import UnsupportedError
@@ -79,17 +79,19 @@ def predict(estimate: Estimate, hardware: Hardware) -> Prediction:
     for op in estimate.ops:
         one = op.cost_of_one(estimate.itemsize)
         parts = _spec(one, hardware, dtype) if hardware.level == "spec" else _calibrated(op, one, hardware, dtype)
-        by_op.append((op, _times(op.calls, *parts, hardware, op.name)))
+        by_op.append((op, _times(op.calls, *parts, hardware.bands.get(kind_of(op.name, op.sizes)))))
     total = sum((seconds for _, seconds in by_op), Seconds())
     return Prediction(estimate, hardware, by_op, _banded(total, hardware))
 
 
-def _times(
-    calls: Quantity, overhead: Quantity, compute: Quantity, memory: Quantity, hardware: Hardware, op: str
-) -> Seconds:
+def kind_of(op: str, sizes: Mapping[str, Quantity]) -> str:
+    """The name under which an op's constants are kept: a causal mask makes another kernel of it."""
+    return f"{op}, causal" if sizes.get("causal") else op
+
+
+def _times(calls: Quantity, overhead: Quantity, compute: Quantity, memory: Quantity, band: Band | None) -> Seconds:
     busy = np.maximum(compute, memory) * calls
     waits_for_memory = np.asarray(memory) > compute
-    band = hardware.bands.get(op)
     seconds = overhead * calls + busy
     return Seconds(
         seconds=seconds,
@@ -141,9 +143,10 @@ def _calibrated(op: Op, one: Cost, hardware: Hardware, dtype: str) -> tuple[Quan
         raise UnsupportedError(
             f"the profile '{hardware.name}' was calibrated for {fitted}; run 'effref calibrate --dtype {dtype}'"
         )
-    if op.name not in hardware.ops:
-        raise UnsupportedError(f"the profile '{hardware.name}' lacks the op '{op.name}'; run 'effref calibrate' again")
-    return parts_of_call(hardware.ops[op.name], op.sizes, one)
+    kind = kind_of(op.name, op.sizes)
+    if kind not in hardware.ops:
+        raise UnsupportedError(f"the profile '{hardware.name}' lacks the op '{kind}'; run 'effref calibrate' again")
+    return parts_of_call(hardware.ops[kind], op.sizes, one)
 
 
 def parts_of_call(model: OpModel, sizes: Mapping[str, Quantity], one: Cost) -> tuple[Quantity, Quantity, Quantity]:
