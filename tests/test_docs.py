@@ -307,3 +307,13 @@ def test_documentation_builds_without_warnings(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", str(DOCS), str(tmp_path / "html")]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
+
+
+def test_measured_table_is_that_of_the_stored_results() -> None:
+    spec = importlib.util.spec_from_file_location("measured", DOCS / "measured.py")
+    assert spec is not None
+    assert spec.loader is not None
+    measured = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(measured)
+    text = measured.PAGE.read_text("utf-8")
+    assert measured.filled(text) == text, "run: python docs/measured.py"
