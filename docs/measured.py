@@ -1,4 +1,4 @@
-"""Writes the table of measured accuracy into ``accuracy.md`` from the files under ``results/``: ``python docs/measured.py``."""
+"""Writes the table of measured accuracy into ``accuracy.md`` from ``results/*.json``: ``python docs/measured.py``."""
 
 from __future__ import annotations
 
