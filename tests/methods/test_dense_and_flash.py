@@ -111,3 +111,33 @@ def test_default_model_runs() -> None:
     assert run.output.shape == (1, 8, 256)
     assert 0.05 < np.abs(run.output).mean() < 20
     assert sum(run.breakdown.values()) <= run.seconds
+
+
+def test_logits_of_relative_positions_equal_their_definition() -> None:
+    """Transformer-XL: (q + u) k + (q + v) Wp R(i - j), R the sinusoid of the signed offset, written out per pair."""
+    from refimpl.engines.numpy_engine import NumpyEngine
+    from refimpl.methods.steps import Layer, logits, project_heads
+    from refimpl.model import position_tables
+
+    config = _tiny("conformer", layers=1, heads=2, d_model=8)
+    w = load_model(config, dtype="float64").weights.layers[0].attention
+    x, engine = np.random.default_rng(0).standard_normal((1, 5, 8)), NumpyEngine()
+    layer = Layer(
+        0,
+        config,
+        load_model(config, dtype="float64").weights.layers[0],
+        False,
+        None,
+        position_tables(config, 5, "float64"),
+    )
+    q, k, _ = project_heads(lambda component: engine, x, layer)
+    found = logits(lambda component: engine, q, k, layer)
+    rates = 10_000.0 ** (-np.arange(0, 8, 2) / 8)
+    for h, i, j in np.ndindex(2, 5, 5):
+        rows = slice(4 * h, 4 * h + 4)
+        query = w.qkv.weight[:8][rows] @ x[0, i] + w.qkv.bias[:8][rows]
+        key = w.qkv.weight[8:16][rows] @ x[0, j] + w.qkv.bias[8:16][rows]
+        offset = np.stack([np.sin((i - j) * rates), np.cos((i - j) * rates)], axis=-1).ravel()
+        position = w.position.weight[rows] @ offset
+        expected = (query + w.content_bias[rows]) @ key + (query + w.position_bias[rows]) @ position
+        assert found[0, h, i, j] == pytest.approx(expected / 2.0)  # 1 / sqrt(D) with D = 4
