@@ -76,13 +76,13 @@ CELLS = (
     Cell(_model("post-norm", 288, 9, 1152), 200, batch=3),
     Cell(_model("post-norm", 448, 14, 1792), 1100),
     Cell(_model("pre-norm", 320, 5, 1280), 1250),
-    Cell(_model("pre-norm", 512, 8, 2048), 160),
+    Cell(_model("pre-norm", 480, 8, 1920), 160),
     Cell(_model("pre-norm", 192, 3, 768), 2300),
-    Cell(_model("patches", 256, 4, 1024), 210),
-    Cell(_model("decoder", 512, 8, 1408, kv_heads=2), 330),
+    Cell(_model("patches", 272, 4, 1088), 210),
+    Cell(_model("decoder", 544, 8, 1408, kv_heads=2), 330),
     Cell(_model("decoder", 192, 3, 576), 1400),
     Cell(_model("decoder", 448, 7, 1216), 900),
-    Cell(_model("decoder", 768, 6, 2048, kv_heads=3, activation="gelu_tanh", gated=False), 60),
+    Cell(_model("decoder", 720, 6, 2016, kv_heads=3, activation="gelu_tanh", gated=False), 60),
 )
 
 
