@@ -323,14 +323,15 @@ def _intact(entry: Entry) -> bool:
 
 def _problem(path: Path, size: int, sha256: str) -> str:
     """What is wrong with a file, or an empty string."""
-    if not path.is_file():
+    try:
+        with path.open("rb") as file:  # once open it stays, even when another process renames its folder away
+            given = os.fstat(file.fileno()).st_size
+            if given != size:
+                return f"{path} has {given} bytes instead of {size}"
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                return f"{path} has been altered (SHA-256 differs)"
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return f"{path} is missing"
-    given = path.stat().st_size
-    if given != size:
-        return f"{path} has {given} bytes instead of {size}"
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-            return f"{path} has been altered (SHA-256 differs)"
     return ""
 
 
