@@ -25,7 +25,6 @@ class Progress:
         self.notes: list[str] = []
         self._stream = stream
         self._redraws = stream is not None and stream.isatty()
-        self._stage = ""
         self._drawn_s = 0.0
 
     @classmethod
@@ -39,7 +38,6 @@ class Progress:
 
     def stage(self, text: str) -> None:
         """What begins now."""
-        self._stage = text
         self._drawn_s = 0.0
         if self._redraws:
             self.advance(text, 0.0)

@@ -157,12 +157,12 @@ def _fit_op(samples: list[Sample], itemsize: int, stream: OpModel | None) -> OpM
     names, start, sigma = _start(samples[0].op, seen, stream)
 
     def residuals(x: Any) -> Any:
-        model = _model(names, x, samples[0].op, stream)
+        model = _model(names, x, samples[0].op)
         misfit = np.log(seconds_of_call(model, seen.sizes, seen.cost) / seen.seconds)
         robust = np.sign(misfit) * np.sqrt(2.0 * (np.sqrt(1.0 + (misfit / 0.1) ** 2) - 1.0))
         return np.concatenate([robust, (x - start) / sigma])
 
-    return _model(names, least_squares(residuals, start, method="trf").x, samples[0].op, stream)
+    return _model(names, least_squares(residuals, start, method="trf").x, samples[0].op)
 
 
 def _start(op: str, seen: _Observed, stream: OpModel | None) -> tuple[list[str], Any, Any]:
@@ -183,7 +183,7 @@ def _start(op: str, seen: _Observed, stream: OpModel | None) -> tuple[list[str],
     return list(values), start, np.array([spread for _, spread in values.values()])
 
 
-def _model(names: list[str], x: Any, op: str, stream: OpModel | None) -> OpModel:
+def _model(names: list[str], x: Any, op: str) -> OpModel:
     value = dict(zip(names, np.exp(x).tolist(), strict=True))
     return OpModel(
         overhead_s=value["overhead"],
