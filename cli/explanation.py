@@ -158,26 +158,8 @@ def explain(
 
     T, B = sympy.symbols("T B", integer=True, positive=True)
     program = COSTS[name][0](Setting(_in_symbols(config), B, T, int(masked)), chosen)
-    counts = _counts(config, chosen)
-    layers = [
-        Layer(kind, counts[kind], _formulas(ops, config)) for kind, ops in _kinds(program).items() if counts[kind]
-    ]
+    layers = [Layer(kind, count, _formulas(ops, config)) for kind, (count, ops) in program.layers().items() if count]
     return Explanation(name, config, masked, dict(params or {}), layers)
-
-
-def _kinds(program: Any) -> dict[str, list[Op]]:
-    """The kinds of layers: the methods of the closed form that are called ``..._layer``."""
-    names = [name for name in dir(program) if name.endswith("_layer") and not name.startswith("_")]
-    if names == ["compute_layer"]:
-        return {"every layer": program.compute_layer()}
-    return {name.replace("_", " "): getattr(program, name)() for name in names}
-
-
-def _counts(config: ModelConfig, chosen: Any) -> dict[str, int]:
-    if not hasattr(chosen, "leaders"):
-        return {"every layer": config.layers}
-    compute = sum(leader == layer for layer, leader in enumerate(chosen.leaders(config.layers)))
-    return {"compute layer": compute, "reuse layer": config.layers - compute}
 
 
 def _in_symbols(config: ModelConfig) -> ModelConfig:

@@ -10,6 +10,7 @@ from typing import Any
 
 from costmodel import memory
 from costmodel.methods import COSTS
+from costmodel.methods.dense import Dense
 from costmodel.methods.steps import Setting, linear, times
 from costmodel.ops import Cost, Op, Quantity
 from refimpl.components import COMPONENTS, CONVOLUTION, NORM, RESIDUAL, STEM
@@ -26,8 +27,8 @@ class Estimate:
     ----------
     ops : list of Op
         Every op with its sizes and number of calls; equal to what a recorded run executes.
-    params_bytes, peak_bytes : int, array or expression
-        Weights; weights and everything else alive at the fullest moment.
+    params_bytes, cache_bytes, peak_bytes : int, array or expression
+        Weights; keys and values in the cache at the end; weights, cache and everything else at the fullest moment.
     """
 
     method: str
@@ -36,8 +37,14 @@ class Estimate:
     workload: Workload
     ops: list[Op]
     params_bytes: Quantity
+    cache_bytes: Quantity
     peak_bytes: Quantity
     itemsize: int = field(default=4)
+
+    @property
+    def tokens(self) -> Quantity:
+        """Positions worked on, over the whole batch."""
+        return self.workload.batch * self.workload.seq * self.workload.steps
 
     @cached_property
     def total(self) -> Cost:
@@ -89,21 +96,51 @@ def estimate(method: str, config: ModelConfig, workload: Workload, params: Mappi
     cost, parameter_class = COSTS[method]
     parameters: Any = make(parameter_class, method, params)
     parameters.check(config)
-    setting = Setting.of(config, workload)
-    program = cost(setting, parameters)
-    ops = [*_stem(setting), *program.attention(), *program.feed_forward(), *_layer_rest(setting), *program.head()]
-    itemsize = DTYPES[workload.dtype]
-    weights = _parameters(config, workload) * itemsize
-    peak = memory.largest(
-        *program.attention_live(),
-        program.held() + memory.feed_forward(setting),
-        program.held() + memory.convolution(setting),
-        memory.head(setting),
-        memory.stem(setting),
-    )
+    workload.check(config)
+    settings = steps_of(config, workload)
+    programs = [cost(setting, parameters) for setting in settings]
+    last, itemsize = programs[-1], DTYPES[workload.dtype]
+    weights = _parameters(last, workload) * itemsize
+    cache = last.stored() * last.setting.B * last.setting.S * itemsize if workload.fills_cache else 0
+    peak = memory.largest(*(moment for program in programs for moment in _live(program)))
     return Estimate(
-        method, parameters, config, workload, ops, weights, weights + _tables(setting) + peak * itemsize, itemsize
+        method=method,
+        parameters=parameters,
+        config=config,
+        workload=workload,
+        ops=[op for program in programs for op in _ops(program)],
+        params_bytes=weights,
+        cache_bytes=cache,
+        peak_bytes=weights + cache + _tables(last.setting) + peak * itemsize,
+        itemsize=itemsize,
     )
+
+
+def steps_of(config: ModelConfig, workload: Workload) -> list[Setting]:
+    """What each step of a pass meets: one step in a prefill, `steps` with a growing cache in decoding."""
+    B, T, causal = workload.batch, workload.seq, int(workload.is_causal(config))
+    return [
+        Setting(config, B, T, causal, workload.kv_len + step * T, workload.fills_cache)
+        for step in range(workload.steps)
+    ]
+
+
+def _ops(program: Dense) -> list[Op]:
+    """Every op of one step."""
+    s = program.setting
+    return [*_stem(s), *program.attention(), *program.feed_forward(), *_layer_rest(s), *program.head()]
+
+
+def _live(program: Dense) -> list[Quantity]:
+    """Elements alive at the fullest moments of one step."""
+    s = program.setting
+    return [
+        *program.attention_live(),
+        program.held() + memory.feed_forward(s),
+        program.held() + memory.convolution(s),
+        memory.head(s),
+        memory.stem(s),
+    ]
 
 
 def _stem(s: Setting) -> list[Op]:
@@ -177,21 +214,15 @@ def _convolution(s: Setting) -> list[Op]:
     ]
 
 
-def _parameters(config: ModelConfig, workload: Workload) -> Quantity:
-    """Number of weights: the closed form of ``refimpl.weights.layout.shapes``."""
-    c = config
-    d, f, bias = c.d_model, c.d_ff, int(c.bias)
+def _parameters(program: Dense, workload: Workload) -> Quantity:
+    """Number of weights: the closed form of ``refimpl.weights.layout.shapes``, as the method keeps them."""
+    c = program.setting.config
     norm = _norm_parameters(c)
-    wide = (2 if c.gated else 1) * f
-    attention = (c.d_attention + 2 * c.d_kv) * (d + bias) + d * (c.d_attention + bias)
-    if c.position == "relative":
-        attention += c.d_attention * (d + 2)
-    feed_forward = wide * (d + bias) + d * (f + bias)
-    layer = attention + feed_forward + 2 * norm
+    rest = 2 * norm
     if c.recipe == "conformer":
-        layer += feed_forward + 3 * norm
-        layer += 3 * d * d + 3 * bias * d + (c.conv_kernel + 5) * d
-    return c.layers * layer + _stem_parameters(c, workload) + (norm if c.final_norm else 0)
+        rest += 3 * norm + 3 * c.d_model * (c.d_model + int(c.bias)) + (c.conv_kernel + 5) * c.d_model
+    sublayers = program.attention_parameters() + program.feed_forward_parameters()
+    return sublayers + c.layers * rest + _stem_parameters(c, workload) + (norm if c.final_norm else 0)
 
 
 def _norm_parameters(c: ModelConfig) -> Quantity:
@@ -217,4 +248,4 @@ def _tables(s: Setting) -> Quantity:
     c = s.config
     if c.position == "relative":
         return (2 * s.T - 1) * c.d_model * 4
-    return 2 * s.T * (c.head_dim // 2) * 4 if c.position == "rotary" else 0
+    return 2 * s.S * (c.head_dim // 2) * 4 if c.position == "rotary" else 0

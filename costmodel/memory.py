@@ -27,7 +27,7 @@ def hidden(s: Setting) -> Quantity:
 
 def maps(s: Setting, heads: Quantity) -> Quantity:
     """The maps of so many heads."""
-    return s.B * heads * s.T * s.T
+    return s.B * heads * s.T * s.S
 
 
 def materialised(s: Setting) -> list[Quantity]:

@@ -27,6 +27,7 @@ class Cost:
     weight_bytes: Quantity = 0  # read: parameters
     table_bytes: Quantity = 0  # read: embeddings, position tables, indices
     activation_bytes: Quantity = 0  # read: what other ops wrote
+    kv_bytes: Quantity = 0  # read: the keys and values that queries meet, from the cache where there is one
     bytes_written: Quantity = 0
 
     @property
@@ -36,8 +37,8 @@ class Cost:
 
     @property
     def bytes_read(self) -> Quantity:
-        """Weights, tables and activations."""
-        return self.weight_bytes + self.table_bytes + self.activation_bytes
+        """Weights, tables, activations, keys and values."""
+        return self.weight_bytes + self.table_bytes + self.activation_bytes + self.kv_bytes
 
     @property
     def bytes_moved(self) -> Quantity:
@@ -152,7 +153,8 @@ def _scores(
     return Cost(
         matmul_flops=2 * pairs * head_dim,
         vector_flops=maps * q_len * head_dim,  # the scale, on q
-        activation_bytes=(maps * q_len + kv_maps * k_len) * head_dim * b + mask * MASK_BYTES,
+        activation_bytes=maps * q_len * head_dim * b + mask * MASK_BYTES,
+        kv_bytes=kv_maps * k_len * head_dim * b,
         bytes_written=pairs * b,
     )
 
@@ -173,7 +175,8 @@ def _weighted_sum(
     pairs = maps * visible_pairs(q_len, k_len, causal)
     return Cost(
         matmul_flops=2 * pairs * head_dim,
-        activation_bytes=(pairs + kv_maps * k_len * head_dim) * b,
+        activation_bytes=pairs * b,
+        kv_bytes=kv_maps * k_len * head_dim * b,
         bytes_written=maps * q_len * head_dim * b,
     )
 
@@ -186,7 +189,8 @@ def _attention(
     return Cost(
         matmul_flops=4 * pairs * head_dim,
         vector_flops=4 * pairs + 2 * maps * q_len * head_dim,  # max, -, exp, sum; scale on q, division of the output
-        activation_bytes=(maps * q_len + 2 * kv_maps * k_len) * head_dim * b + mask * MASK_BYTES,
+        activation_bytes=maps * q_len * head_dim * b + mask * MASK_BYTES,
+        kv_bytes=2 * kv_maps * k_len * head_dim * b,
         bytes_written=maps * q_len * head_dim * b,
     )
 
@@ -199,7 +203,8 @@ def _relative_attention(
     return Cost(
         matmul_flops=6 * pairs * head_dim,
         vector_flops=5 * pairs + 3 * maps * length * head_dim,  # + the sum of both products; scale on both queries
-        activation_bytes=(4 * maps * length + heads * offsets) * head_dim * b + mask * MASK_BYTES,
+        activation_bytes=(2 * maps * length + heads * offsets) * head_dim * b + mask * MASK_BYTES,
+        kv_bytes=2 * maps * length * head_dim * b,
         bytes_written=maps * length * head_dim * b,
     )
 
@@ -222,6 +227,7 @@ FORMULAS: dict[str, Callable[..., Cost]] = {
     "swiglu": _elementwise(5, operands=2),
     "rotary": _rotary,
     "concat": _elementwise(0),
+    "append": _elementwise(0),
     "scores": _scores,
     "add_relative": _add_relative,
     "softmax": _softmax,

@@ -7,9 +7,10 @@ Example::
     run.output, run.breakdown
 """
 
+from refimpl.cache import Cache
 from refimpl.config import ModelConfig, Workload
 from refimpl.engines import engine
-from refimpl.model import Run, forward
+from refimpl.model import Run, Runner, forward
 from refimpl.weights import Model, load_model
 
-__all__ = ["Model", "ModelConfig", "Run", "Workload", "engine", "forward", "load_model"]
+__all__ = ["Cache", "Model", "ModelConfig", "Run", "Runner", "Workload", "engine", "forward", "load_model"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 STEM = "stem"
 QKV = "qkv"
 POSITIONS = "positions"
+CACHE = "cache"
 SCORES = "scores"
 SOFTMAX = "softmax"
 WEIGHTED_SUM = "weighted-sum"
@@ -21,6 +22,7 @@ COMPONENTS: dict[str, str] = {
     STEM: "input to hidden states: token embedding, strided convolutions or patches, absolute positions",
     QKV: "query, key and value projections, from one product that reads the input once",
     POSITIONS: "relative-position term: projected table, its scores, the shifted sum; rotary angles",
+    CACHE: "new keys and values written into the cache of past positions",
     SCORES: "query-key products, scaled and masked: the T x T logits",
     SOFTMAX: "row softmax of the logits: the attention map",
     WEIGHTED_SUM: "attention map times values",

@@ -22,7 +22,7 @@ Position = Literal["learned", "sinusoidal", "relative", "rotary", "none"]
 Activation = Literal["gelu", "gelu_tanh", "silu", "relu"]
 
 DTYPES: dict[str, int] = {"float16": 2, "float32": 4, "float64": 8}  # name -> bytes per element
-PHASES = ("prefill",)
+PHASES = ("prefill", "decode")
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,20 @@ class ModelConfig:
         """Width of all key (or value) heads together, Hkv D."""
         return self.kv_heads * self.head_dim
 
+    @property
+    def generates(self) -> bool:
+        """A causal language model: it can continue a text, token by token."""
+        return self.causal and self.head
+
+    def check_cache(self, causal: bool) -> None:
+        """Raise ConfigError where keys and values of past positions cannot be kept."""
+        if not causal:
+            raise ConfigError(f"{self.name} is not causal: earlier positions change with later ones, so no cache fits")
+        if self.recipe == "conformer" or self.position == "relative":
+            raise ConfigError(f"{self.name} has {_needs_all_positions(self)}, which need all positions: no cache")
+        if self.stem != "tokens":
+            raise ConfigError(f"{self.name} reads {self.stem}, not tokens: it has no decode phase")
+
     def stem_length(self, seq: Any) -> Any:
         """Rows that enter the stem so that `seq` positions leave it."""
         if self.stem == "patches":
@@ -139,6 +153,10 @@ def _check_config(config: ModelConfig) -> None:
         raise ConfigError(f"rotary positions need an even head width; it is {head_dim}")
 
 
+def _needs_all_positions(config: ModelConfig) -> str:
+    return "relative positions" if config.position == "relative" else "convolutions over time"
+
+
 def _needed_sizes(config: ModelConfig) -> list[str]:
     """The optional sizes that this kind of model cannot do without."""
     needed = ["vocab" if config.stem == "tokens" else "features"]
@@ -161,31 +179,48 @@ class Workload:
     Attributes
     ----------
     seq : int, or array of int, or SymPy symbol
-        T, positions that enter the first layer (after the stem).
+        T, positions that enter the first layer (after the stem) in one step.
     batch : int, or array, or symbol
         B.
-    phase : {"prefill"}
-        All positions at once.
+    phase : {"prefill", "decode"}
+        All positions at once; or `steps` steps of `seq` positions each, after `kv_len` positions that a cache holds.
     causal : bool, optional
         Overrides the model's own.
     dtype : {"float16", "float32", "float64"}
+    kv_len : int, or array, or symbol
+        Positions in the cache before the first step.
+    steps : int
+    fills_cache : bool
+        A prefill writes its keys and values into a cache; decoding always does.
     """
 
-    seq: Any
+    seq: Any = 1
     batch: Any = 1
     phase: str = "prefill"
     causal: bool | None = None
     dtype: str = "float32"
+    kv_len: Any = 0
+    steps: int = 1
+    fills_cache: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("seq", "batch"):
+        for name, least in (("seq", 1), ("batch", 1), ("kv_len", 0), ("steps", 1)):
             value = getattr(self, name)
-            if isinstance(value, int) and value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1")
+            if isinstance(value, int) and value < least:
+                raise ConfigError(f"{name} is {value}; it must be at least {least}")
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
         if self.phase not in PHASES:
             raise unknown("phase", self.phase, PHASES)
+        if self.phase == "decode":
+            object.__setattr__(self, "fills_cache", True)
+        elif self.steps != 1 or not isinstance(self.kv_len, int) or self.kv_len:
+            raise ConfigError("kv_len and steps belong to phase 'decode'; a prefill starts with an empty cache")
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise ConfigError where the model cannot do this work."""
+        if self.fills_cache:
+            config.check_cache(self.is_causal(config))
 
     def is_causal(self, config: ModelConfig) -> bool:
         """Whether position i sees only positions up to i."""

@@ -12,19 +12,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from refimpl.cache import Cache
 from refimpl.components import CONVOLUTION, NORM, RESIDUAL, STEM
 from refimpl.config import ModelConfig
 from refimpl.engines import engine as get_engine
 from refimpl.engines.protocol import Array, Engine
 from refimpl.errors import InputError, ShapeError
-from refimpl.methods import program
+from refimpl.methods import method as catalogue_row
+from refimpl.methods import parameters
 from refimpl.methods.dense import Dense
 from refimpl.methods.steps import Layer
+from refimpl.methods.subject import Progress, Subject
 from refimpl.recorder import At, Call, Recorder, breakdown
 from refimpl.weights import Model
 from refimpl.weights.layout import Weights
@@ -64,6 +67,7 @@ def forward(
     causal: bool | None = None,
     mask: Array | None = None,
     record: bool = True,
+    cache: Cache | None = None,
 ) -> Run:
     """Run `model` on `inputs` with an attention method.
 
@@ -74,68 +78,172 @@ def forward(
     inputs : array
         What the model's stem reads: ids (B, T), frames (B, rows, features) or patches (B, T - 1, features).
     method, params
-        A name of the catalogue and its parameters.
+        A name of the catalogue and its parameters. What the method has to find first (a sharing strategy) it finds on
+        these inputs.
     engine : str or Engine
     causal : bool, optional
         Overrides the model's own.
     mask : array of bool, optional
-        Broadcasts to (B, H, T, T); True where a query may look.
+        Broadcasts to (B, H, T, S); True where a query may look. S is T, and more where a cache holds positions.
     record : bool, default True
         Note every op; without it only the total is timed.
+    cache : Cache, optional
+        From `Runner.new_cache`: keys and values of earlier positions, behind which these are appended.
 
     Raises
     ------
     ConfigError, ShapeError, InputError
-        Unknown method or parameter; inputs that do not fit the model; NaN or ids outside the vocabulary.
+        Unknown method or parameter; inputs that do not fit the model; NaN or ids outside the vocabulary; a cache that
+        is too short.
     """
-    return Runner(model, engine)(inputs, method, params, causal=causal, mask=mask, record=record)
+    runner = Runner(model, engine)
+    return runner(inputs, method, params, causal=causal, mask=mask, record=record, cache=cache)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A method made ready for a model.
+
+    Attributes
+    ----------
+    method : str
+    parameters : dataclass
+        Complete: with whatever had to be found first.
+    weights : Weights
+        As the method reads them, on the engine's device.
+    config : ModelConfig
+    """
+
+    method: str
+    parameters: Any
+    weights: Weights
+    config: ModelConfig
+
+    def program(self) -> Dense:
+        """A fresh program for one pass."""
+        return catalogue_row(self.method).program(self.config, self.parameters)
 
 
 class Runner:
     """A model placed on an engine, ready for repeated passes."""
 
     def __init__(self, model: Model, engine: str | Engine) -> None:
+        self.model = model
         self.engine = get_engine(engine) if isinstance(engine, str) else engine
         self.config = model.config
         self.weights = _placed(model.weights, self.engine)
         self._dtype = _float_dtype(model.weights)
-        self._tables: dict[int, tuple[Array, ...]] = {}
+        self._tables: tuple[Array, ...] = ()
+        self._table_length = 0
+        self._prepared: dict[tuple[str, Any], Prepared] = {}
+
+    def prepare(
+        self,
+        method: str,
+        params: Mapping[str, Any] | None = None,
+        inputs: Array | None = None,
+        progress: Progress | None = None,
+    ) -> Prepared:
+        """Make a method ready: find what it needs beforehand, derive its weights; once per method and parameters.
+
+        Parameters
+        ----------
+        method, params
+            A name of the catalogue and its parameters.
+        inputs : array, optional
+            To calibrate on, where the method does that.
+        progress : callable, optional
+            Called with a message and the fraction done.
+
+        Raises
+        ------
+        ConfigError
+            Unknown method or parameter; parameters that do not fit the model; nothing to calibrate on.
+        """
+        given = parameters(method, params, self.config)
+        if (method, given) not in self._prepared:
+            subject = Subject(self.model, self.engine, inputs)
+            kind = catalogue_row(method).program
+            complete = kind.complete(given, replace(subject, progress=progress) if progress else subject)
+            weights = kind.derive(self.model.weights, self.config, complete)
+            placed = self.weights if weights is self.model.weights else _placed(weights, self.engine)
+            self._prepared[method, given] = Prepared(method, complete, placed, self.config)
+        return self._prepared[method, given]
+
+    def new_cache(
+        self, capacity: int, method: str | Prepared = "dense", params: Mapping[str, Any] | None = None, batch: int = 1
+    ) -> Cache:
+        """An empty cache for `capacity` positions of `batch` sequences under a method.
+
+        Raises
+        ------
+        ConfigError
+            If the model cannot keep keys and values, or the method is unknown.
+        """
+        self.config.check_cache(self.config.causal)
+        ready = self.prepare(method, params) if isinstance(method, str) else method
+        return Cache(self.engine, ready.program().stored(), batch, capacity, self._dtype)
 
     def __call__(
         self,
         inputs: Array,
-        method: str | Dense = "dense",
+        method: str | Prepared | Dense = "dense",
         params: Mapping[str, Any] | None = None,
         *,
         causal: bool | None = None,
         mask: Array | None = None,
         record: bool = True,
+        cache: Cache | None = None,
     ) -> Run:
-        """See `forward`; `method` may be a fresh program instead of a name."""
+        """See `forward`; `method` may also be prepared, or a fresh program that reads the exact model's weights."""
         check_inputs(self.config, inputs)
-        steps = program(method, self.config, params) if isinstance(method, str) else method
+        if isinstance(method, str):
+            method = self.prepare(method, params, inputs)
+        steps, weights = (method.program(), method.weights) if isinstance(method, Prepared) else (method, self.weights)
+        causal = self.config.causal if causal is None else causal
+        length, first = sequence_length(self.config, inputs), 0
+        if cache is not None:
+            self.config.check_cache(causal)
+            cache.check(steps.stored(), len(inputs), length)
+            first = cache.length
+        check_length(self.config, self.weights, first + length)
+        tables = self._tables_for(first, length, cache.capacity if cache else length)
         x = self.engine.asarray(inputs if self.config.stem == "tokens" else inputs.astype(self._dtype, copy=False))
         mask = None if mask is None else self.engine.asarray(mask)
-        causal = self.config.causal if causal is None else causal
-        length = sequence_length(self.config, inputs)
-        check_length(self.config, self.weights, length)
-        tables = self._tables_for(length)
         recorder = Recorder(self.engine) if record else None
         at: At = recorder.at if recorder else lambda component: self.engine
         start = self.engine.mark()
-        x = self._stem(at, x)
-        for index, weights in enumerate(self.weights.layers):
-            layer = Layer(index, self.config, weights, causal, mask, tables)
+        x = self._stem(at, x, first)
+        for index, of_layer in enumerate(weights.layers):
+            layer = Layer(index, self.config, of_layer, causal, mask, tables, cache)
             x = LAYERS[self.config.recipe](at, x, layer, steps)
         if self.config.final_norm:
-            x = _norm(at, x, self.weights.final_norm, self.config)
+            x = _norm(at, x, weights.final_norm, self.config)
         if self.config.head:
-            x = steps.head(at, x, self.weights.stem.embedding)
+            x = steps.head(at, x, weights.stem.embedding)
         stop = self.engine.mark()
+        if cache is not None:
+            cache.advance(length)
         output = self.engine.to_numpy(x)
         return Run(output, self.engine.elapsed_s(start, stop), recorder.calls() if recorder else [])
 
-    def _stem(self, at: At, x: Array) -> Array:
+    def decode(
+        self,
+        ids: Array,
+        method: str | Prepared,
+        cache: Cache,
+        params: Mapping[str, Any] | None = None,
+        *,
+        record: bool = True,
+    ) -> Run:
+        """Feed tokens one by one: ids (B, steps) -> logits (B, steps, V); seconds and calls of all steps together."""
+        ready = self.prepare(method, params, ids) if isinstance(method, str) else method
+        runs = [self(ids[:, step : step + 1], ready, record=record, cache=cache) for step in range(ids.shape[1])]
+        output = np.concatenate([run.output for run in runs], axis=1)  # (B, steps, V)
+        return Run(output, sum(run.seconds for run in runs), [call for run in runs for call in run.calls])
+
+    def _stem(self, at: At, x: Array, first: int) -> Array:
+        """Inputs to hidden states (B, T, d), of which the first is at position `first`."""
         stem, ops = self.weights.stem, at(STEM)
         if self.config.stem == "tokens":
             h = ops.embedding(stem.embedding, x)  # (B, T, d)
@@ -150,15 +258,17 @@ class Runner:
             ids = self.engine.asarray(np.zeros((x.shape[0], 1), np.int64))
             h = ops.concat((ops.embedding(stem.class_token, ids), patches), axis=1)  # (B, T, d)
         if self.config.position in ("learned", "sinusoidal"):
-            h = ops.add(h, stem.positions[: h.shape[1], :])
+            h = ops.add(h, stem.positions[first : first + h.shape[1], :])
         return _norm(at, h, stem.norm, self.config) if self.config.embedding_norm else h
 
-    def _tables_for(self, length: int) -> tuple[Array, ...]:
-        """The tables that the layers read, made once per length."""
-        if length not in self._tables:
-            tables = position_tables(self.config, length, self._dtype)
-            self._tables = {length: tuple(self.engine.asarray(table) for table in tables)}
-        return self._tables[length]
+    def _tables_for(self, first: int, length: int, most: int) -> tuple[Array, ...]:
+        """The tables that layers read for positions `first` to first + length - 1, made once for `most` positions."""
+        if self._table_length < most or (self.config.position == "relative" and self._table_length != most):
+            tables = position_tables(self.config, most, self._dtype)
+            self._tables, self._table_length = tuple(self.engine.asarray(table) for table in tables), most
+        if self.config.position == "relative" or not self._tables:
+            return self._tables
+        return tuple(table[first : first + length, :] for table in self._tables)
 
 
 # --- layers -----------------------------------------------------------------------------------------------------
@@ -167,20 +277,20 @@ class Runner:
 def _post_norm_layer(at: At, x: Array, layer: Layer, steps: Dense) -> Array:
     w, config = layer.weights, layer.config
     x = _norm(at, at(RESIDUAL).add(x, steps.attention(at, x, layer)), w.attention_norm, config)
-    return _norm(at, at(RESIDUAL).add(x, steps.feed_forward(at, x, w.feed_forward)), w.feed_forward_norm, config)
+    return _norm(at, at(RESIDUAL).add(x, steps.feed_forward(at, x, w.feed_forward, layer)), w.feed_forward_norm, config)
 
 
 def _pre_norm_layer(at: At, x: Array, layer: Layer, steps: Dense) -> Array:
     w, config = layer.weights, layer.config
     x = at(RESIDUAL).add(x, steps.attention(at, _norm(at, x, w.attention_norm, config), layer))
-    return at(RESIDUAL).add(x, steps.feed_forward(at, _norm(at, x, w.feed_forward_norm, config), w.feed_forward))
+    return at(RESIDUAL).add(x, steps.feed_forward(at, _norm(at, x, w.feed_forward_norm, config), w.feed_forward, layer))
 
 
 def _conformer_layer(at: At, x: Array, layer: Layer, steps: Dense) -> Array:
     w, config = layer.weights, layer.config
 
     def half_step(x: Array, norm: Weights, weights: Weights) -> Array:
-        return at(RESIDUAL).add(x, steps.feed_forward(at, _norm(at, x, norm, config), weights), scale=0.5)
+        return at(RESIDUAL).add(x, steps.feed_forward(at, _norm(at, x, norm, config), weights, layer), scale=0.5)
 
     x = half_step(x, w.first_feed_forward_norm, w.first_feed_forward)
     x = at(RESIDUAL).add(x, steps.attention(at, _norm(at, x, w.attention_norm, config), layer))

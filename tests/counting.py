@@ -88,6 +88,7 @@ class Counted(np.ndarray):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         address = _address(self)
+        self.ledger.touch(value)
         if address in self.ledger.written:
             self.ledger.written[address] += self.view(np.ndarray)[index].size
         self.view(np.ndarray)[index] = np.asarray(value)
@@ -152,7 +153,11 @@ def audit(op: str, *args: Any, **kwargs: Any) -> Any:
     engine = NumpyEngine(_namespace(ledger))
     watched = [_watch(x, ledger) for x in args]
     watched_kwargs = {name: _watch(x, ledger) for name, x in kwargs.items()}
+    if op == "append":  # writes into its first operand
+        ledger.written[_address(watched[0])] = 0
     result = getattr(engine, op)(*watched, **watched_kwargs)
+    if op == "append":
+        return _audited_append(ledger, itemsize, *args, **kwargs)
     parts = result if isinstance(result, tuple) else (result,)
     counted = {
         "matmul_flops": ledger.matmul_flops,
@@ -165,6 +170,15 @@ def audit(op: str, *args: Any, **kwargs: Any) -> Any:
     assert {name: getattr(cost, name) for name in counted} == counted, f"{op} {sizes}"
     plain = tuple(np.array(part) for part in parts)
     return plain if isinstance(result, tuple) else plain[0]
+
+
+def _audited_append(ledger: Ledger, itemsize: int, store: np.ndarray, new: np.ndarray, start: int) -> np.ndarray:
+    """Compare what was counted, then append to the caller's own store."""
+    (elements,) = ledger.written.values()
+    counted = {"bytes_read": ledger.bytes_read, "bytes_written": elements * itemsize, "flops": ledger.vector_flops}
+    cost = FORMULAS["append"](itemsize, **SIZES["append"](store, new, start))
+    assert {name: getattr(cost, name) for name in counted} == counted, f"append {new.shape}"
+    return NumpyEngine().append(store, new, start)
 
 
 def _written(part: np.ndarray, ledger: Ledger) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,23 @@ def workloads(draw: Any) -> Workload:
 
 
 @st.composite
+def decoders(draw: Any) -> ModelConfig:
+    """A model that can keep keys and values of past positions."""
+    config = draw(configs(draw(st.sampled_from(["post-norm", "pre-norm"]))))
+    position = "rotary" if config.position == "relative" else config.position
+    return replace(config, stem="tokens", strides=(), causal=True, position=position)
+
+
+@st.composite
+def cached_workloads(draw: Any) -> Workload:
+    """A prefill that fills a cache, or some steps of decoding after it."""
+    batch = draw(st.integers(1, 2))
+    if draw(st.booleans()):
+        return Workload(seq=draw(st.integers(1, 7)), batch=batch, fills_cache=True)
+    return Workload(seq=1, batch=batch, phase="decode", kv_len=draw(st.integers(0, 9)), steps=draw(st.integers(1, 4)))
+
+
+@st.composite
 def reuse_parameters(draw: Any, config: ModelConfig) -> dict[str, Any]:
     """Any parameters of reuse that fit the model."""
     given: dict[str, Any] = {
@@ -76,6 +94,15 @@ def reuse_parameters(draw: Any, config: ModelConfig) -> dict[str, Any]:
     if config.kv_heads == config.heads and draw(st.booleans()):
         given["heads"] = draw(st.integers(0, config.heads))
     return given
+
+
+# method -> what draws its parameters for a model; methods without parameters are not listed
+PARAMETERS = {"reuse": reuse_parameters}
+
+
+def parameters_for(method: str, config: ModelConfig) -> Any:
+    """A strategy of parameters of `method` that fit the model."""
+    return PARAMETERS[method](config) if method in PARAMETERS else st.just({})
 
 
 def inputs_for(config: ModelConfig, workload: Workload, seed: int = 0, dtype: Any = np.float64) -> np.ndarray:

@@ -21,9 +21,13 @@ class Dense:
         self.setting = setting
         self.parameters = parameters
 
+    def layers(self) -> dict[str, tuple[Quantity, list[Op]]]:
+        """The kinds of attention sublayers: how many there are, and the ops of one."""
+        return {"every layer": (self.setting.config.layers, self.compute_layer())}
+
     def attention(self) -> list[Op]:
         """The attention sublayers of all layers."""
-        return times(self.setting.config.layers, self.compute_layer())
+        return [op for count, ops in self.layers().values() for op in times(count, ops)]
 
     def compute_layer(self) -> list[Op]:
         """One attention sublayer that computes its own map."""
@@ -38,13 +42,26 @@ class Dense:
 
     def feed_forward(self) -> list[Op]:
         """The feed-forward sublayers of all layers."""
-        sublayers = 2 if self.setting.config.recipe == "conformer" else 1
-        return times(self.setting.config.layers * sublayers, steps.feed_forward(self.setting))
+        c = self.setting.config
+        return times(c.layers * steps.feed_forwards(c), steps.feed_forward(self.setting))
 
     def head(self) -> list[Op]:
         """The tied language head."""
         c = self.setting.config
         return [steps.linear(self.setting, HEAD, c.d_model, c.vocab, 0)] if c.head else []
+
+    def attention_parameters(self) -> Quantity:
+        """Weights of the attention sublayers of all layers."""
+        return self.setting.config.layers * steps.attention_parameters(self.setting.config)
+
+    def feed_forward_parameters(self) -> Quantity:
+        """Weights of the feed-forward sublayers of all layers."""
+        c = self.setting.config
+        return steps.feed_forwards(c) * c.layers * steps.feed_forward_parameters(c)
+
+    def stored(self) -> Quantity:
+        """Elements of keys and values that a cache keeps of one position, in all layers."""
+        return 2 * self.setting.config.layers * self.setting.config.d_kv
 
     def attention_live(self) -> list[Quantity]:
         """Elements alive at the fullest moments of an attention sublayer."""

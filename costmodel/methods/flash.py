@@ -22,7 +22,7 @@ class Flash(Dense):
             fused = [steps.position_keys(s, c.heads), Op(ATTENTION, "relative_attention", sizes)]
         else:
             sizes = {
-                "maps": s.B * c.heads, "kv_maps": s.B * c.kv_heads, "q_len": s.T, "k_len": s.T,
+                "maps": s.B * c.heads, "kv_maps": s.B * c.kv_heads, "q_len": s.T, "k_len": s.S,
                 "head_dim": c.head_dim, "causal": s.causal, "mask": s.mask,
             }  # fmt: skip
             fused = [Op(ATTENTION, "attention", sizes)]

@@ -20,15 +20,28 @@ class Reuse(Dense):
 
     parameters: ReuseParameters
 
+    def layers(self) -> dict[str, tuple[Quantity, list[Op]]]:
+        reusing = len(self._reusing)
+        kinds = {"compute layer": (len(self._leaders) - reusing, self.compute_layer())}
+        return kinds | ({"reuse layer": (reusing, self.reuse_layer())} if reusing else {})
+
     def attention(self) -> list[Op]:
-        leaders = self._leaders
-        reusing = [index for index, leader in enumerate(leaders) if leader != index]
-        passing = sum(leaders[index] in leaders[index + 1 :] for index in reusing)
-        return [
-            *times(len(leaders) - len(reusing), self.compute_layer()),
-            *times(len(reusing), self.reuse_layer()),
-            *times(passing, self.passed_on()),
-        ]
+        passing = sum(self._leaders[index] in self._leaders[index + 1 :] for index in self._reusing)
+        return [*super().attention(), *times(passing, self.passed_on())]
+
+    def attention_parameters(self) -> Quantity:
+        c, reusing = self.setting.config, len(self._reusing)
+        kept = self.kept * c.head_dim  # rows of Wq and of Wk
+        one = (2 * kept + c.d_kv) * (c.d_model + int(c.bias))
+        if self.kept:
+            one += steps.position_parameters(c)
+        if self.parameters.output_projection:
+            one += c.d_model * (c.d_attention + int(c.bias))
+        return (c.layers - reusing) * steps.attention_parameters(c) + reusing * one
+
+    def stored(self) -> Quantity:
+        c, reusing = self.setting.config, len(self._reusing)
+        return (c.layers - reusing) * 2 * c.d_kv + reusing * (self.kept * c.head_dim + c.d_kv)
 
     @property
     def kept(self) -> Quantity:
@@ -44,6 +57,7 @@ class Reuse(Dense):
         s, c = self.setting, self.setting.config
         return [
             steps.linear(s, QKV, c.d_model, c.d_kv, s.bias),
+            *steps.append(s, c.kv_heads),
             *self._renormalised(c.heads),
             steps.weighted_sum(s, c.heads, c.kv_heads),
         ]
@@ -52,9 +66,9 @@ class Reuse(Dense):
         s, c, kept = self.setting, self.setting.config, self.kept
         width, reused = kept * c.head_dim, c.heads - kept
         return [
-            steps.linear(s, QKV, c.d_model, width, s.bias),
-            steps.linear(s, QKV, c.d_model, width + c.d_attention, s.bias, "project"),
+            steps.linear(s, QKV, c.d_model, 2 * width + c.d_attention, s.bias, "project"),
             *steps.place(s, kept, kept),
+            *steps.append(s, kept, c.heads),
             *steps.logits(s, kept, kept),
             steps.softmax(s, kept),
             *self._renormalised(reused),
@@ -72,7 +86,7 @@ class Reuse(Dense):
         s, c = self.setting, self.setting.config
         if not self.kept or self.parameters.head_order == "keep":
             return []
-        return [Op(SOFTMAX, "concat", {"elements": s.B * c.heads * s.T * s.T})]
+        return [Op(SOFTMAX, "concat", {"elements": memory.maps(s, c.heads)})]
 
     # --- memory -----------------------------------------------------------------------------------------------------
 
@@ -102,6 +116,11 @@ class Reuse(Dense):
         """One map per group that is under way."""
         between = [sum(first <= i < end for first, end in self._last_uses.items()) for i in range(len(self._leaders))]
         return max(between) * memory.maps(self.setting, self.setting.config.heads)
+
+    @property
+    def _reusing(self) -> list[int]:
+        """The layers that take a map."""
+        return [index for index, leader in enumerate(self._leaders) if leader != index]
 
     @property
     def _leaders(self) -> tuple[int, ...]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from costmodel.ops import Op, Quantity
-from refimpl.components import FEED_FORWARD, OUTPUT, POSITIONS, QKV, SCORES, SOFTMAX, WEIGHTED_SUM
-from refimpl.config import ModelConfig, Workload
+from refimpl.components import CACHE, FEED_FORWARD, OUTPUT, POSITIONS, QKV, SCORES, SOFTMAX, WEIGHTED_SUM
+from refimpl.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -15,12 +15,15 @@ class Setting:
 
     config: ModelConfig
     B: Quantity
-    T: Quantity
+    T: Quantity  # new positions
     causal: int
+    past: Quantity = 0  # positions that the cache holds before
+    cached: bool = False  # new keys and values are appended to a cache
 
-    @classmethod
-    def of(cls, config: ModelConfig, workload: Workload) -> Setting:
-        return cls(config, workload.batch, workload.seq, int(workload.is_causal(config)))
+    @property
+    def S(self) -> Quantity:
+        """Keys that the queries meet."""
+        return self.past + self.T
 
     @property
     def rows(self) -> Quantity:
@@ -50,7 +53,18 @@ def linear(s: Setting, component: str, d_in: Quantity, d_out: Quantity, bias: in
 def project_heads(s: Setting) -> list[Op]:
     """Q, K and V of all heads."""
     c = s.config
-    return [linear(s, QKV, c.d_model, c.d_attention + 2 * c.d_kv, s.bias, "project"), *place(s, c.heads, c.kv_heads)]
+    return [
+        linear(s, QKV, c.d_model, c.d_attention + 2 * c.d_kv, s.bias, "project"),
+        *place(s, c.heads, c.kv_heads),
+        *append(s, c.kv_heads, c.kv_heads),
+    ]
+
+
+def append(s: Setting, *heads: Quantity) -> list[Op]:
+    """New keys, and new values, of so many heads written into the cache, where there is one."""
+    if not s.cached:
+        return []
+    return [Op(CACHE, "append", {"elements": s.rows * count * s.config.head_dim}) for count in heads]
 
 
 def place(s: Setting, heads: Quantity, kv_heads: Quantity) -> list[Op]:
@@ -80,7 +94,7 @@ def logits(s: Setting, heads: Quantity, kv_heads: Quantity) -> list[Op]:
     c = s.config
     maps = s.B * heads
     content = {
-        "maps": maps, "kv_maps": s.B * kv_heads, "q_len": s.T, "k_len": s.T, "head_dim": c.head_dim,
+        "maps": maps, "kv_maps": s.B * kv_heads, "q_len": s.T, "k_len": s.S, "head_dim": c.head_dim,
         "causal": s.causal, "mask": s.mask,
     }  # fmt: skip
     ops = [Op(SCORES, "scores", content)]
@@ -96,13 +110,13 @@ def logits(s: Setting, heads: Quantity, kv_heads: Quantity) -> list[Op]:
 
 def softmax(s: Setting, heads: Quantity) -> Op:
     """Row softmax of the logits of these heads."""
-    return Op(SOFTMAX, "softmax", {"maps": s.B * heads, "q_len": s.T, "k_len": s.T, "causal": s.causal})
+    return Op(SOFTMAX, "softmax", {"maps": s.B * heads, "q_len": s.T, "k_len": s.S, "causal": s.causal})
 
 
 def weighted_sum(s: Setting, heads: Quantity, kv_heads: Quantity) -> Op:
     """Maps of these heads times their values."""
     sizes = {
-        "maps": s.B * heads, "kv_maps": s.B * kv_heads, "q_len": s.T, "k_len": s.T,
+        "maps": s.B * heads, "kv_maps": s.B * kv_heads, "q_len": s.T, "k_len": s.S,
         "head_dim": s.config.head_dim, "causal": s.causal,
     }  # fmt: skip
     return Op(WEIGHTED_SUM, "weighted_sum", sizes)
@@ -122,3 +136,26 @@ def feed_forward(s: Setting) -> list[Op]:
     else:
         up = [linear(s, FEED_FORWARD, c.d_model, c.d_ff, s.bias), Op(FEED_FORWARD, c.activation, hidden)]
     return [*up, linear(s, FEED_FORWARD, c.d_ff, c.d_model, s.bias)]
+
+
+def feed_forwards(c: ModelConfig) -> int:
+    """Feed-forward sublayers of a layer."""
+    return 2 if c.recipe == "conformer" else 1
+
+
+def attention_parameters(c: ModelConfig) -> Quantity:
+    """Weights of an attention sublayer."""
+    bias = int(c.bias)
+    count = (c.d_attention + 2 * c.d_kv) * (c.d_model + bias) + c.d_model * (c.d_attention + bias)
+    return count + position_parameters(c)
+
+
+def position_parameters(c: ModelConfig) -> Quantity:
+    """The map of relative positions and its two biases."""
+    return c.d_attention * (c.d_model + 2) if c.position == "relative" else 0
+
+
+def feed_forward_parameters(c: ModelConfig) -> Quantity:
+    """Weights of a feed-forward sublayer."""
+    bias = int(c.bias)
+    return (2 if c.gated else 1) * c.d_ff * (c.d_model + bias) + c.d_model * (c.d_ff + bias)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.engines.protocol import Array
+from refimpl.errors import ShapeError
 
 QUERY_BLOCK = 64  # rows of the map that the fused op holds at a time; changes memory, not the function
 
@@ -139,6 +140,13 @@ class NumpyEngine:
 
     def concat(self, parts: tuple[Array, ...], axis: int) -> Array:
         return self.xp.concat(list(parts), axis=axis)
+
+    def append(self, store: Array, new: Array, start: int) -> Array:
+        stop = start + new.shape[2]
+        if stop > store.shape[2]:
+            raise ShapeError(f"append: the store has {store.shape[2]} rows; rows {start} to {stop - 1} were given")
+        store[:, :, start:stop, :] = new
+        return store[:, :, :stop, :]
 
     def erf(self, x: Array) -> Array:
         """The error function; NumPy has none, SciPy has."""

@@ -2,7 +2,7 @@
 
 A method calls ``at(COMPONENT).op(...)`` and never asks which engine runs it. Letters: B batch, T length (Tq queries,
 Tk keys), d width, H heads (Hkv of keys and values), D head width. Hidden states are (B, T, d), heads (B, H, T, D).
-Ops never modify their inputs, and the dtype that goes in comes out.
+Ops never modify their inputs, `append` excepted, and the dtype that goes in comes out.
 
 Cost conventions (the formulas are ``costmodel.ops``): a multiply-add is 2 FLOPs; matrix and vector FLOPs are apart; one
 exp, erf, division, maximum or addition is one vector FLOP; bytes are what an op must move: the elements of its operands
@@ -102,6 +102,10 @@ class Engine(Protocol):
     def concat(self, parts: tuple[Array, ...], axis: int) -> Array:
         """The parts one after the other along `axis`."""
 
+    def append(self, store: Array, new: Array, start: int) -> Array:
+        """Write new (B, H, T, D) into rows start to start + T - 1 of store (B, H, S, D), in place; the rows filled so
+        far (B, H, start + T, D), a view. The one op that modifies an operand."""
+
     # --- attention ----------------------------------------------------------------------------------------------
     # A mask is a bool array that broadcasts to (B, H, Tq, Tk); True where a query may look. With `causal`, query i
     # sees keys j <= i + (Tk - Tq). Query head h uses key head h // (H / Hkv). A row that sees no key gives zeros.
@@ -193,6 +197,10 @@ def _concat(parts: tuple[Array, ...], axis: int) -> Sizes:
     return {"elements": sum(part.size for part in parts)}
 
 
+def _append(store: Array, new: Array, start: int) -> Sizes:
+    return {"elements": new.size}
+
+
 def _maps(x: Array) -> int:
     return int(x.shape[0] * x.shape[1])
 
@@ -253,6 +261,7 @@ SIZES: dict[str, Callable[..., Sizes]] = {
     "swiglu": _elements,
     "rotary": _rotary,
     "concat": _concat,
+    "append": _append,
     "scores": _scores,
     "add_relative": _add_relative,
     "softmax": _softmax,

@@ -75,8 +75,3 @@ def parameters(name: str, given: Mapping[str, Any] | None, config: ModelConfig) 
     made = make(method(name).parameters, name, given)
     made.check(config)
     return made
-
-
-def program(name: str, config: ModelConfig, given: Mapping[str, Any] | None = None) -> Dense:
-    """A fresh program of method `name` for one forward pass."""
-    return method(name).program(config, parameters(name, given, config))

@@ -5,12 +5,15 @@ The other programs change single steps of this one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from refimpl.cache import Stored
 from refimpl.components import HEAD, SOFTMAX, WEIGHTED_SUM
 from refimpl.config import ModelConfig
 from refimpl.engines.protocol import Array
 from refimpl.methods.steps import Layer, Queries, feed_forward, logits, project_heads, project_output
+from refimpl.methods.subject import Subject
 from refimpl.recorder import At
 from refimpl.weights.layout import Weights
 
@@ -22,20 +25,34 @@ class Dense:
         self.config = config
         self.parameters = parameters
 
+    @classmethod
+    def complete(cls, parameters: Any, subject: Subject) -> Any:
+        """The parameters with what has to be found first, as a sharing strategy; by default as they are."""
+        return parameters
+
+    @classmethod
+    def derive(cls, weights: Weights, config: ModelConfig, parameters: Any) -> Weights:
+        """The weights as this method reads them, from those of the exact model; by default the same."""
+        return weights
+
+    def stored(self) -> Sequence[Stored]:
+        """What each layer keeps of a position in a cache."""
+        return (Stored(self.config.kv_heads, self.config.kv_heads, self.config.head_dim),) * self.config.layers
+
     def attention(self, at: At, x: Array, layer: Layer) -> Array:
         """The attention sublayer: (B, T, d) -> (B, T, d)."""
         q, k, v = project_heads(at, x, layer)
-        weights = self.attention_map(at, q, k, layer)  # (B, H, T, T)
+        weights = self.attention_map(at, q, k, layer)  # (B, H, T, S)
         context = at(WEIGHTED_SUM).weighted_sum(weights, v, layer.causal)  # (B, H, T, D)
         return project_output(at, context, layer)
 
     def attention_map(self, at: At, q: Queries, k: Array, layer: Layer) -> Array:
-        """``softmax(scale q kᵀ + mask)``: (B, H, T, T)."""
+        """``softmax(scale q kᵀ + mask)``: (B, H, T, S); S keys, which are T without a cache."""
         return at(SOFTMAX).softmax(logits(at, q, k, layer), layer.causal)
 
-    def feed_forward(self, at: At, x: Array, weights: Weights) -> Array:
+    def feed_forward(self, at: At, x: Array, weights: Weights, layer: Layer) -> Array:
         """The feed-forward sublayer: (B, T, d) -> (B, T, d)."""
-        return feed_forward(at, x, weights, self.config)
+        return feed_forward(at, x, weights, layer.config)
 
     def head(self, at: At, x: Array, embedding: Array) -> Array:
         """The tied language head: (B, T, d) -> (B, T, V)."""

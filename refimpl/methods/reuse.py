@@ -11,13 +11,26 @@ Transformers, arXiv 2110.06821): the first P heads take a shared map, the others
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from refimpl.cache import Stored
 from refimpl.components import QKV, SOFTMAX, WEIGHTED_SUM
 from refimpl.config import ModelConfig
 from refimpl.engines.protocol import Array
 from refimpl.methods.dense import Dense
-from refimpl.methods.steps import Layer, logits, place_keys, place_queries, project_heads, project_output
+from refimpl.methods.steps import (
+    Layer,
+    logits,
+    place_keys,
+    place_queries,
+    project_heads,
+    project_output,
+    seen_keys,
+    seen_values,
+)  # fmt: skip
 from refimpl.parameters import ReuseParameters
 from refimpl.recorder import At
+from refimpl.weights.layout import Weights, rows_of
 
 
 class Reuse(Dense):
@@ -29,6 +42,25 @@ class Reuse(Dense):
         super().__init__(config, parameters)
         self.leaders = parameters.leaders(config.layers)
         self.shared: dict[int, Array] = {}  # compute layer -> (B, H, T, T)
+
+    @classmethod
+    def derive(cls, weights: Weights, config: ModelConfig, parameters: ReuseParameters) -> Weights:
+        """Reuse layers without the weights of what they do not compute."""
+        leaders, kept = parameters.leaders(config.layers), parameters.kept_heads(config)
+        layers = list(weights.layers)
+        for index, leader in enumerate(leaders):
+            if leader != index:
+                layers[index] = layers[index].but(
+                    attention=_without_reused_heads(layers[index].attention, config, kept, parameters)
+                )
+        return weights.but(layers=layers)
+
+    def stored(self) -> Sequence[Stored]:
+        c, kept = self.config, self.parameters.kept_heads(self.config)
+        return tuple(
+            Stored(c.kv_heads if leader == index else kept, c.kv_heads, c.head_dim)
+            for index, leader in enumerate(self.leaders)
+        )
 
     def attention(self, at: At, x: Array, layer: Layer) -> Array:
         leader = self.leaders[layer.index]
@@ -52,7 +84,7 @@ class Reuse(Dense):
         kept = self.parameters.kept_heads(self.config)
         if kept:
             return self._reuse_part(at, x, layer, leader, self.config.heads - kept)
-        v = _project_values(at, x, layer)  # (B, Hkv, T, D)
+        v = _project_values(at, x, layer)  # (B, Hkv, S, D)
         weights = self._probabilities(at, self.shared[leader], layer)
         return at(WEIGHTED_SUM).weighted_sum(weights, v, layer.causal)
 
@@ -61,7 +93,8 @@ class Reuse(Dense):
         new = slice(reused, self.config.heads)
         shared = self.shared[leader][:, :reused, :, :]  # (B, P, T, T)
         q, k, v = _project_some_heads(at, x, layer, reused)
-        scores = logits(at, place_queries(at, q, layer, new), place_keys(at, k, layer), layer, new)
+        k = seen_keys(at, place_keys(at, k, layer), layer)  # (B, H - P, S, D)
+        scores = logits(at, place_queries(at, q, layer, new), k, layer, new)
         weights = at(SOFTMAX).softmax(scores, layer.causal)  # (B, H - P, T, T)
         taken = self._probabilities(at, shared, layer)
         context = (
@@ -85,17 +118,27 @@ class Reuse(Dense):
 
 def _project_values(at: At, x: Array, layer: Layer) -> Array:
     """``V = x Wvᵀ`` as heads: the only projection of a full reuse layer."""
-    qkv, d_kv = layer.weights.attention.qkv, layer.config.d_kv
-    bias = None if qkv.bias is None else qkv.bias[-d_kv:]
-    return at(QKV).split_heads(at(QKV).linear(x, qkv.weight[-d_kv:, :], bias), layer.config.kv_heads)
+    qkv = layer.weights.attention.qkv
+    v = at(QKV).split_heads(at(QKV).linear(x, qkv.weight, qkv.bias), layer.config.kv_heads)  # (B, Hkv, T, D)
+    return seen_values(at, v, layer)
 
 
 def _project_some_heads(at: At, x: Array, layer: Layer, reused: int) -> tuple[Array, Array, Array]:
-    """Q and K of heads [P, H) and V of all heads; K and V rows adjoin, so they are one product."""
+    """Q and K of heads [P, H) and V of all heads."""
     config, qkv = layer.config, layer.weights.attention.qkv
-    d, skipped = config.d_attention, reused * config.head_dim
-    queries, others = slice(skipped, d), slice(d + skipped, 3 * d)
-    bias_q, bias_kv = (None, None) if qkv.bias is None else (qkv.bias[queries], qkv.bias[others])
-    q = at(QKV).linear(x, qkv.weight[queries, :], bias_q)  # (B, T, (H - P) D)
-    k, v = at(QKV).project(x, qkv.weight[others, :], bias_kv, (d - skipped, d))
-    return q, k, at(QKV).split_heads(v, config.heads)
+    kept = (config.heads - reused) * config.head_dim
+    q, k, v = at(QKV).project(x, qkv.weight, qkv.bias, (kept, kept, config.d_attention))  # (B, T, (H - P) D) twice
+    return q, k, seen_values(at, at(QKV).split_heads(v, config.heads), layer)
+
+
+def _without_reused_heads(w: Weights, config: ModelConfig, kept: int, parameters: ReuseParameters) -> Weights:
+    """The weights of a reuse layer: rows of Wq and Wk for `kept` heads, all of Wv."""
+    d, d_kv = config.d_attention, config.d_kv
+    skipped = d - kept * config.head_dim
+    rows = [slice(d + d_kv, d + 2 * d_kv)]
+    if kept:  # one key head per query head
+        rows = [slice(skipped, d), slice(d + skipped, 3 * d)]
+    found = w.but(qkv=rows_of(w.qkv, rows))
+    unused = [] if kept else ["position", "content_bias", "position_bias"]
+    unused += [] if parameters.output_projection else ["output"]
+    return Weights(**{name: value for name, value in vars(found).items() if name not in unused})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from refimpl.cache import Cache
 from refimpl.components import FEED_FORWARD, OUTPUT, POSITIONS, QKV, SCORES
 from refimpl.config import ModelConfig
 from refimpl.engines.protocol import Array
@@ -22,6 +23,7 @@ class Layer:
     causal: bool
     mask: Array | None  # bool, broadcasts to (B, H, T, T)
     tables: tuple[Array, ...]  # relative: one table (2T - 1, d); rotary: cos and sin (T, D / 2); else none
+    cache: Cache | None = None  # keys and values of earlier positions
 
     @property
     def scale(self) -> float:
@@ -38,12 +40,22 @@ class Queries:
 
 
 def project_heads(at: At, x: Array, layer: Layer) -> tuple[Queries, Array, Array]:
-    """``Q, K, V = x Wqᵀ, x Wkᵀ, x Wvᵀ`` as heads."""
+    """``Q, K, V = x Wqᵀ, x Wkᵀ, x Wvᵀ`` as heads; with a cache, K and V of all positions so far."""
     config, qkv = layer.config, layer.weights.attention.qkv
     widths = (config.d_attention, config.d_kv, config.d_kv)
     q, k, v = at(QKV).project(x, qkv.weight, qkv.bias, widths)  # (B, T, H D), (B, T, Hkv D) twice
-    split = at(QKV).split_heads
-    return place_queries(at, q, layer), place_keys(at, k, layer), split(v, config.kv_heads)
+    v = at(QKV).split_heads(v, config.kv_heads)
+    return place_queries(at, q, layer), seen_keys(at, place_keys(at, k, layer), layer), seen_values(at, v, layer)
+
+
+def seen_keys(at: At, k: Array, layer: Layer) -> Array:
+    """The keys that queries meet: new ones (B, Hkv, T, D), behind those of the cache where there is one."""
+    return k if layer.cache is None else layer.cache.keys(at, layer.index, k)  # (B, Hkv, S, D)
+
+
+def seen_values(at: At, v: Array, layer: Layer) -> Array:
+    """The values that belong to `seen_keys`."""
+    return v if layer.cache is None else layer.cache.values(at, layer.index, v)  # (B, Hkv, S, D)
 
 
 def place_queries(at: At, q: Array, layer: Layer, heads: slice = slice(None)) -> Queries:

@@ -104,6 +104,19 @@ class Weights(SimpleNamespace):
 
     bias: Any = None
 
+    def but(self, **changes: Any) -> Weights:
+        """These weights with some attributes replaced; the others are the same objects."""
+        return Weights(**{**vars(self), **changes})
+
+
+def rows_of(linear: Weights, rows: list[slice]) -> Weights:
+    """A linear map cut down to these ranges of its outputs; a view where there is one range."""
+
+    def cut(array: Any) -> Any:
+        return array[rows[0]] if len(rows) == 1 else np.concatenate([array[part] for part in rows])
+
+    return Weights(**{name: cut(value) for name, value in vars(linear).items()})
+
 
 def assemble(config: ModelConfig, tensors: Mapping[str, Any], positions: int = 0) -> Weights:
     """Turn a flat mapping into `Weights`, after checking that every weight is there with its shape and is finite.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,17 +10,12 @@ import pytest
 from counting import AuditedEngine, audit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from strategies import RECIPES, configs, inputs_for, reuse_parameters, workloads
+from strategies import RECIPES, cached_workloads, configs, decoders, inputs_for, parameters_for, workloads
 
 import costmodel
-from refimpl import forward, load_model
+from refimpl import Runner, forward, load_model
 from refimpl.methods import CATALOG
 from refimpl.recorder import tally
-from refimpl.weights.layout import shapes
-
-
-def _params(data: st.DataObject, method: str, config: Any) -> dict[str, Any]:
-    return data.draw(reuse_parameters(config)) if method == "reuse" else {}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -29,7 +25,7 @@ def _params(data: st.DataObject, method: str, config: Any) -> dict[str, Any]:
 def test_recorded_ops_equal_closed_form(method: str, recipe: str, data: st.DataObject) -> None:
     """Op by op, with all sizes, as integers; and every executed op's FLOPs and bytes are counted while it runs."""
     config, workload = data.draw(configs(recipe)), data.draw(workloads())
-    params = _params(data, method, config)
+    params = data.draw(parameters_for(method, config))
     engine = AuditedEngine()
     model = load_model(config)
     run = forward(model, inputs_for(config, workload), method, params, engine, causal=workload.causal)
@@ -39,11 +35,45 @@ def test_recorded_ops_equal_closed_form(method: str, recipe: str, data: st.DataO
     assert np.isfinite(run.output).all()
 
 
-@settings(max_examples=100, deadline=None)
-@given(config=configs(), workload=workloads())
-def test_parameter_bytes_equal_the_weights(config: Any, workload: Any) -> None:
-    weights = sum(4 * int(np.prod(shape)) for shape in shapes(config).values())
-    assert costmodel.estimate("dense", config, workload).params_bytes == weights
+@pytest.mark.parametrize("method", CATALOG)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_recorded_ops_with_a_cache_equal_closed_form(method: str, data: st.DataObject) -> None:
+    """A prefill that fills a cache, and decoding after it: ops, cache bytes, and the counted cost of each op."""
+    config, workload = data.draw(decoders()), data.draw(cached_workloads())
+    params = data.draw(parameters_for(method, config))
+    engine = AuditedEngine()
+    runner = Runner(load_model(config), engine)
+    cache = runner.new_cache(max(workload.kv_len + workload.seq * workload.steps, 1), method, params, workload.batch)
+    ids = inputs_for(config, replace(workload, seq=workload.kv_len + workload.seq * workload.steps))
+    if workload.kv_len:
+        runner(ids[:, : workload.kv_len], method, params, cache=cache)
+    new = ids[:, workload.kv_len :]
+    if workload.phase == "decode":
+        run = runner.decode(new, method, cache, params)
+    else:
+        run = runner(new, method, params, cache=cache)
+    estimate = costmodel.estimate(method, config, workload, params)
+    assert tally(run.calls) == estimate.tally()
+    assert cache.bytes == estimate.cache_bytes
+    assert cache.length == cache.capacity
+
+
+@pytest.mark.parametrize("method", CATALOG)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_parameter_bytes_equal_the_weights(method: str, data: st.DataObject) -> None:
+    config, workload = data.draw(configs()), data.draw(workloads())
+    params = data.draw(parameters_for(method, config))
+    weights = Runner(load_model(config), "numpy").prepare(method, params).weights
+    assert costmodel.estimate(method, config, workload, params).params_bytes == bytes_of(weights)
+
+
+def bytes_of(node: Any) -> int:
+    """Of all arrays in a tree of weights."""
+    if isinstance(node, list):
+        return sum(bytes_of(child) for child in node)
+    return sum(bytes_of(child) for child in vars(node).values()) if hasattr(node, "__dict__") else int(node.nbytes)
 
 
 @settings(max_examples=50, deadline=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from strategies import configs, inputs_for, reuse_parameters, workloads
 
 import costmodel
-from refimpl import forward, load_model
+from refimpl import Runner, forward, load_model
 from refimpl.config import ModelConfig, Workload, override, preset
 from refimpl.engines.numpy_engine import NumpyEngine
 from refimpl.errors import ConfigError
@@ -54,35 +55,43 @@ def test_all_heads_reused_equals_full_reuse() -> None:
     np.testing.assert_array_equal(forward(model, ids, "reuse", {"group": 3, "heads": 4}).output, full)
 
 
+def _reusing(weights: Any, config: ModelConfig) -> list[Any]:
+    """The layers as reuse in groups of two keeps them."""
+    return Reuse.derive(weights, config, ReuseParameters(group=2)).layers
+
+
 def test_reuse_layer_with_the_compute_layers_input_and_weights_repeats_it_bit_for_bit() -> None:
     """Invariant 2."""
     config = _config(layers=2)
-    weights = load_model(config).weights.layers[0]
+    weights = load_model(config).weights
+    layers = _reusing(weights.but(layers=[weights.layers[0], weights.layers[0]]), config)
     x = np.random.default_rng(0).standard_normal((2, 9, 16)).astype(np.float32)
     method = Reuse(config, ReuseParameters(group=2))
-    first = method.attention(at, x, _layer(config, 0, weights))
-    second = method.attention(at, x, _layer(config, 1, weights))
+    first = method.attention(at, x, _layer(config, 0, layers[0]))
+    second = method.attention(at, x, _layer(config, 1, layers[1]))
     np.testing.assert_array_equal(second, first)
 
 
 def test_identical_inputs_and_query_key_maps_give_the_vanilla_stack() -> None:
     """Invariant 3: where the maps would be equal anyway, reuse changes nothing."""
     config = _config(layers=2)
-    layers = load_model(config).weights.layers
+    weights = load_model(config).weights
+    layers = weights.layers
     layers[1].attention.qkv.weight[:32] = layers[0].attention.qkv.weight[:32]
     layers[1].attention.qkv.bias[:32] = layers[0].attention.qkv.bias[:32]
+    without = _reusing(weights, config)
     x = np.random.default_rng(0).standard_normal((1, 9, 16)).astype(np.float32)
     reuse, dense = Reuse(config, ReuseParameters(group=2)), Dense(config, None)
     reuse.attention(at, x, _layer(config, 0, layers[0]))
     np.testing.assert_array_equal(
-        reuse.attention(at, x, _layer(config, 1, layers[1])), dense.attention(at, x, _layer(config, 1, layers[1]))
+        reuse.attention(at, x, _layer(config, 1, without[1])), dense.attention(at, x, _layer(config, 1, layers[1]))
     )
 
 
 def test_reuse_layer_is_linear_in_its_input() -> None:
     """Invariant 4: f(a X + b Z) = a f(X) + b f(Z) with the map fixed and no bias."""
     config = _config(layers=2, bias=False)
-    layers = load_model(config, dtype="float64").weights.layers
+    layers = _reusing(load_model(config, dtype="float64").weights, config)
     rng = np.random.default_rng(0)
     first, x, z = (rng.standard_normal((1, 9, 16)) for _ in range(3))
 
@@ -102,13 +111,14 @@ def test_permuting_heads_with_their_weights_changes_nothing() -> None:
     columns = (order[:, None] * 4 + np.arange(4)).ravel()
 
     def run(permuted: bool) -> Any:
-        layers = load_model(config, dtype="float64").weights.layers
+        weights = load_model(config, dtype="float64").weights
         if permuted:
-            for layer in layers:
+            for layer in weights.layers:
                 qkv, output = layer.attention.qkv, layer.attention.output
                 rows = np.concatenate([columns, 16 + columns, 32 + columns])
                 qkv.weight, qkv.bias = qkv.weight[rows], qkv.bias[rows]
                 output.weight = output.weight[:, columns]
+        layers = _reusing(weights, config)
         method = Reuse(config, ReuseParameters(group=2))
         method.attention(at, x, _layer(config, 0, layers[0]))
         return method.attention(at, x, _layer(config, 1, layers[1]))
@@ -182,10 +192,10 @@ def test_head_order_rotates_from_layer_to_layer() -> None:
 @given(data=st.data(), config=configs())
 def test_no_map_outlives_its_group(data: st.DataObject, config: ModelConfig) -> None:
     params = data.draw(reuse_parameters(config))
-    method = Reuse(config, ReuseParameters(**params))
-    from refimpl.model import Runner
-
-    Runner(load_model(config), "numpy")(inputs_for(config, Workload(4)), method)
+    parameters, model = ReuseParameters(**params), load_model(config)
+    method = Reuse(config, parameters)
+    model = replace(model, weights=Reuse.derive(model.weights, config, parameters))
+    Runner(model, "numpy")(inputs_for(config, Workload(4)), method)
     assert method.shared == {}
 
 

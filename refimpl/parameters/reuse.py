@@ -1,51 +1,44 @@
-"""The parameters of the methods: named, with defaults, checked once and shared by program and cost model."""
+"""Parameters of attention map reuse."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from refimpl.config import ModelConfig
-from refimpl.errors import ConfigError, unknown
-
-
-def _parameter(default: Any, about: str) -> Any:
-    return field(default=default, metadata={"about": about})
-
-
-@dataclass(frozen=True)
-class NoParameters:
-    """For methods without a knob."""
-
-    def check(self, config: ModelConfig) -> None:
-        """Nothing to check."""
+from refimpl.errors import ConfigError
+from refimpl.parameters.base import parameter, require_choice, require_int
 
 
 @dataclass(frozen=True)
 class ReuseParameters:
     """Attention map reuse; `group` = 1 or `heads` = 0 is exact attention."""
 
-    group: int = _parameter(2, "layers that share one map, consecutive; 1 is exact attention")
-    groups: tuple[tuple[int, ...], ...] | None = _parameter(
+    group: int = parameter(2, "layers that share one map, consecutive; 1 is exact attention")
+    groups: tuple[tuple[int, ...], ...] | None = parameter(
         None, "explicit groups instead, as [[0,1],[3,4,5]]; a layer in none computes its own map"
     )
-    heads: int | None = _parameter(None, "heads of a reuse layer that take a shared map; default all, 0 is exact")
-    head_order: Literal["rotate", "keep"] = _parameter(
+    heads: int | None = parameter(None, "heads of a reuse layer that take a shared map; default all, 0 is exact")
+    head_order: Literal["rotate", "keep"] = parameter(
         "rotate", "partial reuse: pass on [new, reused] maps as Reuse Transformers does, or keep the heads in place"
     )
-    share: Literal["probabilities", "scores"] = _parameter("probabilities", "share the map after or before softmax")
-    output_projection: bool = _parameter(True, "reuse layers keep their output projection")
+    share: Literal["probabilities", "scores"] = parameter("probabilities", "share the map after or before softmax")
+    output_projection: bool = parameter(True, "reuse layers keep their output projection")
 
     def __post_init__(self) -> None:
-        _require_int("group", self.group, 1)
+        require_int("group", self.group, 1)
         if self.heads is not None:
-            _require_int("heads", self.heads, 0)
-        _require_choice("head_order", self.head_order, ("rotate", "keep"))
-        _require_choice("share", self.share, ("probabilities", "scores"))
-        _require_choice("output_projection", self.output_projection, (True, False))
+            require_int("heads", self.heads, 0)
+        require_choice("head_order", self.head_order, ("rotate", "keep"))
+        require_choice("share", self.share, ("probabilities", "scores"))
+        require_choice("output_projection", self.output_projection, (True, False))
         if self.groups is not None:
             object.__setattr__(self, "groups", _as_groups(self.groups))
+
+    @classmethod
+    def sweep(cls, config: ModelConfig) -> dict[str, tuple[Any, ...]]:
+        """Growing groups, up to all layers."""
+        return {"group": tuple(group for group in (1, 2, 3, 4, 6) if group <= config.layers)}
 
     def check(self, config: ModelConfig) -> None:
         """Raise ConfigError where the parameters do not fit the model."""
@@ -90,27 +83,3 @@ def _as_groups(given: Any) -> tuple[tuple[int, ...], ...]:
     if any(list(group) != sorted(set(group)) or group[0] < 0 for group in groups) or len(named) != len(set(named)):
         raise ConfigError(f"groups={given!r}; each group must rise from layer 0 up and no layer may be in two")
     return groups
-
-
-def _require_int(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{name}={value!r}; it must be a whole number of at least {least}")
-
-
-def _require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name}={value!r}; it must be one of {', '.join(map(repr, choices))}")
-
-
-P = TypeVar("P")
-
-
-def make(cls: type[P], method: str, given: Mapping[str, Any] | None) -> P:
-    """An instance of `cls` from names and values; an unknown name raises ConfigError with the known ones."""
-    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
-    for name in given or {}:
-        if name not in known:
-            if not known:
-                raise ConfigError(f"method '{method}' has no parameters; '{name}' was given")
-            raise unknown(f"parameter of {method}", name, known)
-    return cls(**(given or {}))
