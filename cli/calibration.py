@@ -19,6 +19,7 @@ import numpy as np
 from costmodel.closed_form import estimate
 from costmodel.fit import Pass, Sample, fit
 from costmodel.hardware import Hardware
+from refimpl.cache import Cache
 from refimpl.config import DTYPES, ModelConfig, Workload
 from refimpl.engines import ENGINES
 from refimpl.engines import engine as get_engine
@@ -36,14 +37,21 @@ Key = tuple[str, tuple[tuple[str, int], ...]]  # op and sizes
 
 @dataclass(frozen=True)
 class Cell:
-    """One synthetic model at one length."""
+    """One synthetic model at one length, or one step of it behind `kv_len` cached positions."""
 
     config: ModelConfig
-    seq: int
+    seq: int = 1
     batch: int = 1
+    kv_len: int = 0
     methods: tuple[tuple[str, dict[str, Any]], ...] = field(
         default=(("dense", {}), ("flash", {}), ("reuse", {"groups": [[0, 1]]}))
     )
+
+    def workload(self, dtype: str = "float32") -> Workload:
+        """What one pass does."""
+        if self.kv_len:
+            return Workload(1, self.batch, "decode", dtype=dtype, kv_len=self.kv_len)
+        return Workload(self.seq, self.batch, dtype=dtype, fills_cache=self.config.generates)
 
 
 def _model(recipe: str, d_model: int, heads: int, d_ff: int, **changes: Any) -> ModelConfig:
@@ -83,6 +91,11 @@ CELLS = (
     Cell(_model("decoder", 192, 3, 576), 1400),
     Cell(_model("decoder", 448, 7, 1216), 900),
     Cell(_model("decoder", 720, 6, 2016, kv_heads=3, activation="gelu_tanh", gated=False), 60),
+    Cell(_model("decoder", 544, 8, 1408, kv_heads=2), kv_len=330),
+    Cell(_model("decoder", 192, 3, 576), kv_len=1400),
+    Cell(_model("decoder", 720, 6, 2016, kv_heads=3, activation="gelu_tanh", gated=False), kv_len=90, batch=3),
+    # A model that no cache holds, so that its weights come from memory.
+    Cell(_model("decoder", 1216, 19, 3328, layers=8), kv_len=700, methods=(("dense", {}), ("flash", {}))),
 )
 
 
@@ -140,15 +153,17 @@ class _Run:
     runner: Runner
     inputs: Any
     dtype: str
+    cache: Cache | None = None
     passes: list[Run] = field(default_factory=list)
 
     def once(self) -> Run:
-        return self.runner(self.inputs, self.method, self.params)
+        if self.cache is not None:
+            self.cache.truncate(self.cell.kv_len)
+        return self.runner(self.inputs, self.method, self.params, cache=self.cache)
 
     def summary(self) -> Pass:
         """The closed form with the medians over all passes."""
-        work = Workload(self.cell.seq, self.cell.batch, dtype=self.dtype)
-        cost = estimate(self.method, self.cell.config, work, self.params)
+        cost = estimate(self.method, self.cell.config, self.cell.workload(self.dtype), self.params)
         total_s = float(np.median([one.seconds for one in self.passes]))
         return Pass(cost, list(_samples([one.calls for one in self.passes])), total_s)
 
@@ -174,7 +189,18 @@ def _runs(ops: Engine, dtype: str) -> Iterator[_Run]:
         runner = Runner(load_model(cell.config, dtype=dtype), ops)
         inputs = random_inputs(cell.config, cell.seq, cell.batch, dtype=dtype)
         for method, params in cell.methods:
-            yield _Run(cell, method, params, runner, inputs, dtype)
+            yield _Run(cell, method, params, runner, inputs, dtype, _cache(cell, method, params, runner))
+
+
+def _cache(cell: Cell, method: str, params: dict[str, Any], runner: Runner) -> Cache | None:
+    """The cache that a pass of this cell fills or continues."""
+    if not cell.workload().fills_cache:
+        return None
+    cache = runner.new_cache(cell.kv_len + cell.seq, method, params, cell.batch)
+    if cell.kv_len:
+        ids = random_inputs(cell.config, cell.kv_len, cell.batch)
+        runner(ids, method, params, cache=cache, record=False)
+    return cache
 
 
 def _samples(rounds: list[list[Call]]) -> Iterator[Sample]:

@@ -39,7 +39,7 @@ GATE_FAILED, INTERRUPTED = 1, 130
 )
 def command(
     baseline: str | None, hardware: str | None, form: str | None, path: Path | None, plot: Path | None, quiet: bool,
-    input_file: Path | None, fail_above: float | None, repeats: int, warmup: int, max_seconds: float, seed: int,
+    input_file: Path | None, fail_above: float | None, repeats: int | None, warmup: int, max_seconds: float, seed: int,
     **given: Any,
 ) -> int:  # fmt: skip
     """Run methods and print measured beside predicted time, component by component and in total.
@@ -50,16 +50,18 @@ def command(
     Examples:
       effref measure
       effref measure --method reuse --set reuse.group=3 --seq 512,2048 --plot reuse.svg
+      effref measure --model smollm2-135m --phase decode --kv-len 256,1024 --method dense,kvsharer
       effref measure --model bert-base --device gpu --format json --output bert.json
       effref measure --seq 512 --fail-above 15
     """
-    from .measurement import Source, Timing, measured
+    from .measurement import Source, Timing, default_repeats, measured
 
     target = Target.of(form, path, plot)
     progress = Progress.on_stderr(quiet)
-    source = Source(input_file, own_length=given["seq"] is None)
+    source = Source(input_file, own_length=given["seq"] is None and given["phase"] == "prefill")
     request = resolve(**options.request_options(given))
-    document = measured(request, hardware, source, Timing(repeats, warmup, max_seconds, seed), progress)
+    timing = Timing(repeats or default_repeats(request), warmup, max_seconds, seed)
+    document = measured(request, hardware, source, timing, progress)
     if target.needs_context:
         from .context import context
 

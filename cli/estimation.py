@@ -12,12 +12,12 @@ from refimpl.config import ModelConfig
 
 from . import machines, results
 from .progress import Progress
-from .request import LENGTHS, METHODS, Request, resolve
+from .request import METHODS, Request, resolve
 
 
 def estimate(
     model: str | Path | ModelConfig | None = None,
-    seq: int | Sequence[int] = LENGTHS,
+    seq: int | Sequence[int] | None = None,
     method: str | Sequence[str] = METHODS,
     params: Mapping[str, Mapping[str, Any]] | None = None,
     *,
@@ -26,6 +26,8 @@ def estimate(
     batch: int = 1,
     dtype: str = "float32",
     phase: str = "prefill",
+    kv_len: int | Sequence[int] | None = None,
+    steps: int | None = None,
     causal: bool | None = None,
     device: str | None = None,
     engine: str | None = None,
@@ -48,6 +50,8 @@ def estimate(
         Sizes that replace the model's: layers, d_model, heads, kv_heads, d_ff, vocab.
     batch, dtype, phase, causal
         See ``refimpl.Workload``.
+    kv_len, steps : int or sequence of int; int
+        In phase "decode": positions in the cache (default 256 and 1024), and tokens of one pass (default 1).
     device, engine, threads
         Which profile of this machine to take.
 
@@ -72,8 +76,8 @@ def estimate(
 
     named = machines.find(hardware)
     request = resolve(
-        model, seq, method, params, overrides=overrides, batch=batch, dtype=dtype, phase=phase, causal=causal,
-        device=device or default_device(named, engine), engine=engine, threads=threads,
+        model, seq, method, params, overrides=overrides, batch=batch, dtype=dtype, phase=phase, kv_len=kv_len,
+        steps=steps, causal=causal, device=device or default_device(named, engine), engine=engine, threads=threads,
     )  # fmt: skip
     return {**estimated(request, named or hardware, Progress()), "context": context(request.threads)}
 
@@ -87,11 +91,11 @@ def estimated(request: Request, hardware: str | Hardware | None, progress: Progr
     """The result without its context."""
     machine = machines.choose(hardware, request.engine, request.threads, request.dtype, progress)
     found = []
-    for seq in request.lengths:
-        predictions = {name: predict(request.estimate(name, seq), machine) for name in request.all_methods}
+    for length in request.lengths:
+        predictions = {name: predict(request.estimate(name, length), machine) for name in request.all_methods}
         seconds = {name: float(prediction.total.seconds) for name, prediction in predictions.items()}
         for name in request.methods:
-            result = results.entry(request, name, seq, predictions[name])
+            result = results.entry(request, name, predictions[name])
             result["speedup"] = results.speedups(seconds, {}, name)
             found.append(result)
     return results.document(request, machine, found, progress.notes)

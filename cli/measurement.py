@@ -16,24 +16,28 @@ from typing import Any
 
 import numpy as np
 
+from costmodel.closed_form import Estimate
 from costmodel.fit import bare_roofline
 from costmodel.hardware import Hardware
 from costmodel.predict import Prediction, predict
+from refimpl.cache import Cache
 from refimpl.config import ModelConfig
 from refimpl.engines import engine as get_engine
 from refimpl.engines.protocol import Engine
 from refimpl.errors import ConfigError, InputError, UnsupportedError
 from refimpl.inputs import Inputs, load_input, random_inputs
-from refimpl.model import Run, Runner, sequence_length
+from refimpl.model import Prepared, Run, Runner, sequence_length
 from refimpl.weights import Model, load_model
 
 from . import context, machines, results
 from .agreement import agreement
 from .progress import Progress
-from .request import BASELINES, LENGTHS, METHODS, Request, resolve
+from .request import BASELINES, METHODS, Request, resolve
 from .results import Samples
 
 SECONDS = 40.0
+REPEATS, DECODE_REPEATS = 5, 25
+NOTABLE_S = 0.5  # of preparing a method, from which it is said
 ROOF_TOLERANCE = 1.05  # measured over peak, above which a formula must be wrong
 
 
@@ -53,7 +57,7 @@ class Timing:
         Of random weights and inputs.
     """
 
-    repeats: int = 5
+    repeats: int = REPEATS
     warmup: int = 1
     max_seconds: float = SECONDS
     seed: int = 0
@@ -79,11 +83,13 @@ def measure(
     batch: int = 1,
     dtype: str = "float32",
     phase: str = "prefill",
+    kv_len: int | Sequence[int] | None = None,
+    steps: int | None = None,
     causal: bool | None = None,
     device: str | None = None,
     engine: str | None = None,
     threads: int | None = None,
-    repeats: int = 5,
+    repeats: int | None = None,
     warmup: int = 1,
     max_seconds: float = SECONDS,
     seed: int = 0,
@@ -92,7 +98,7 @@ def measure(
 
     Parameters
     ----------
-    model, method, params, overrides, batch, dtype, phase, causal
+    model, method, params, overrides, batch, dtype, phase, kv_len, steps, causal
         As for `effref.estimate`. ``dense`` and ``flash`` are run in any case, for speed-ups and fidelity.
     seq : int or sequence of int, optional
         Lengths; default that of `input_file`, else 256 to 2048.
@@ -116,13 +122,18 @@ def measure(
         Unknown names, values that are not allowed, inputs that do not fit, too little memory, a missing device.
     """
     request = resolve(
-        model, LENGTHS if seq is None else seq, method, params, overrides=overrides, batch=batch, dtype=dtype,
-        phase=phase, causal=causal, device=device, engine=engine, threads=threads,
+        model, seq, method, params, overrides=overrides, batch=batch, dtype=dtype, phase=phase, kv_len=kv_len,
+        steps=steps, causal=causal, device=device, engine=engine, threads=threads,
     )  # fmt: skip
-    source = Source(None if input_file is None else Path(input_file), own_length=seq is None)
-    timing = Timing(repeats, warmup, max_seconds, seed)
+    source = Source(None if input_file is None else Path(input_file), own_length=seq is None and phase == "prefill")
+    timing = Timing(repeats or default_repeats(request), warmup, max_seconds, seed)
     document = measured(request, hardware, source, timing, Progress())
     return {**document, "context": context.context(request.threads)}
+
+
+def default_repeats(request: Request) -> int:
+    """Decoding passes are short: more of them."""
+    return DECODE_REPEATS if request.decodes else REPEATS
 
 
 @dataclass(frozen=True)
@@ -138,16 +149,17 @@ class Source:
         return self.path is not None and self.own_length
 
     def read_all(self, model: Model, request: Request, seed: int) -> dict[int, Inputs]:
-        """Length -> input of that length."""
-        if self.path is None:
-            return {
-                seq: Inputs(
-                    random_inputs(model.config, seq, request.batch, seed, request.dtype), model.config.stem, (), seq
-                )
-                for seq in request.lengths
-            }
-        found = [self._from_file(model, request, seq) for seq in ([None] if self.own_length else request.lengths)]
-        return {sequence_length(model.config, given.array): given for given in found}
+        """Length -> input of all positions that there are at the end of a pass."""
+        if self.decides:
+            own = self._from_file(model, request, None)
+            return {sequence_length(model.config, own.array): own}
+        return {length: self._read(model, request, request.positions(length), seed) for length in request.lengths}
+
+    def _read(self, model: Model, request: Request, positions: int, seed: int) -> Inputs:
+        if self.path is not None:
+            return self._from_file(model, request, positions)
+        array = random_inputs(model.config, positions, request.batch, seed, request.dtype)
+        return Inputs(array, model.config.stem, (), positions)
 
     def _from_file(self, model: Model, request: Request, seq: int | None) -> Inputs:
         assert self.path is not None
@@ -178,7 +190,7 @@ def measured(
     found = bench.results()
     document = results.document(request, machine, found, progress.notes)
     document["config"] |= {**vars(timing), "input": str(source.path) if source.path else "seeded random"}
-    document["accuracy"] = results.accuracy(found) | _rivals(request, machine, found)
+    document["accuracy"] = results.accuracy(found) | _rivals(bench, found)
     return document if finished else {**document, "interrupted": True}
 
 
@@ -196,7 +208,7 @@ def _what_fits(request: Request, progress: Progress) -> tuple[str, ...]:
     available = context.available_bytes(request.device)
     fitting = []
     for name in request.all_methods:
-        needed = max(request.estimate(name, seq).peak_bytes for seq in request.lengths)
+        needed = max(request.estimate(name, length).peak_bytes for length in request.lengths)
         if needed <= available:
             fitting.append(name)
             continue
@@ -209,7 +221,7 @@ def _what_fits(request: Request, progress: Progress) -> tuple[str, ...]:
 
 def _model(request: Request, source: Source, timing: Timing, progress: Progress) -> Model:
     progress.stage(f"loading {request.config.name}")
-    positions = 0 if source.decides else request.lengths[-1]
+    positions = 0 if source.decides else request.positions(request.lengths[-1])
     model = load_model(request.model, seed=timing.seed, dtype=request.dtype, positions=positions)
     progress.note(f"{request.config.name}: {model.source}")
     return model
@@ -236,23 +248,36 @@ class Bench:
     inputs: Mapping[int, Inputs]
     timing: Timing
     progress: Progress
+    ready: dict[str, Prepared] = field(default_factory=dict)
+    caches: dict[str, Cache] = field(default_factory=dict)  # of the length that is being measured
     samples: dict[tuple[str, int], Samples] = field(default_factory=dict)
     fidelity: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.ready = {name: self._prepare(name) for name in self.methods}
         self.predictions: dict[tuple[str, int], Prediction] = {
-            (name, seq): predict(self.request.estimate(name, seq), self.hardware)
+            (name, length): predict(self.request.estimate(name, length, self.ready[name].parameters), self.hardware)
             for name in self.methods
-            for seq in self.request.lengths
+            for length in self.request.lengths
         }
         self._began_s = time.perf_counter()
         self._seen_s = self._expected_s = 0.0  # of all counted passes: how fast this machine is beside the prediction
 
+    def _prepare(self, name: str) -> Prepared:
+        """Let a method find what it needs first, on the longest input; this is no part of its latency."""
+        inputs = self.inputs[self.request.lengths[-1]].array
+        start = time.perf_counter()
+        ready = self.runner.prepare(name, self.request.params.get(name), inputs, self.progress.advance)
+        spent = time.perf_counter() - start
+        if spent > NOTABLE_S:
+            self.progress.note(f"{name} was prepared in {spent:.1f} s, which counts for no pass")
+        return ready
+
     def run(self) -> bool:
         """Measure all lengths; False when it was interrupted, with what was seen until then."""
         try:
-            for seq in self.request.lengths:
-                self._measure_length(seq)
+            for length in self.request.lengths:
+                self._measure_length(length)
         except KeyboardInterrupt:
             if not self.results():
                 raise
@@ -262,99 +287,133 @@ class Bench:
             self.progress.done()
         return True
 
-    def _measure_length(self, seq: int) -> None:
+    def _measure_length(self, length: int) -> None:
         lengths = self.request.lengths
-        self.progress.stage(f"measuring T={seq} ({lengths.index(seq) + 1} of {len(lengths)})")
-        if seq == lengths[0]:
-            self._warm_up(seq)
+        self.progress.stage(f"measuring {self._place(length)} ({lengths.index(length) + 1} of {len(lengths)})")
+        self._fill_caches(length)
+        if length == lengths[0]:
+            self._warm_up(length)
             self._began_s = time.perf_counter()  # compilation does not count
-        elif self._seconds_for(seq) > self._round_s(seq):
-            self._warm_up(seq)
+        elif self._seconds_for(length) > self._round_s(length):
+            self._warm_up(length)
         outputs: dict[str, Any] = {}
-        start, allowed = time.perf_counter(), self._seconds_for(seq)
+        start, allowed = time.perf_counter(), self._seconds_for(length)
         for round_ in range(1, self.timing.repeats + 1):
             for name in self.methods:
-                self._turn(name, seq, outputs)
+                self._turn(name, length, outputs)
             spent = time.perf_counter() - start
-            self.progress.advance(f"T={seq}, round {round_}", round_ / self.timing.repeats)
+            self.progress.advance(f"{self._place(length)}, round {round_}", round_ / self.timing.repeats)
             if spent + spent / round_ > allowed:
                 break
 
-    def _warm_up(self, seq: int) -> None:
+    def _warm_up(self, length: int) -> None:
         for _ in range(self.timing.warmup):
             for name in self.methods:
-                self.progress.advance(f"T={seq}, warming up {name}; the first use on a machine compiles", 0.0)
-                self._pass(name, seq, record=False)
+                doing = f"warming up {name}; the first use on a machine compiles"
+                self.progress.advance(f"{self._place(length)}, {doing}", 0.0)
+                self._pass(name, length, record=False)
 
-    def _turn(self, name: str, seq: int, outputs: dict[str, Any]) -> None:
+    def _turn(self, name: str, length: int, outputs: dict[str, Any]) -> None:
         """An instrumented pass of a named method, and a plain one."""
-        samples = self.samples.setdefault((name, seq), Samples())
-        recorded = self._pass(name, seq, record=True) if name in self.request.methods else None
-        plain = self._pass(name, seq, record=False)
+        samples = self.samples.setdefault((name, length), Samples())
+        recorded = self._pass(name, length, record=True) if name in self.request.methods else None
+        plain = self._pass(name, length, record=False)
         if recorded:
             for component, seconds in recorded.breakdown.items():
                 samples.components.setdefault(component, []).append(seconds)
         samples.totals.append(plain.seconds)
         self._seen_s += plain.seconds
-        self._expected_s += float(self.predictions[name, seq].total.seconds)
+        self._expected_s += float(self.predictions[name, length].total.seconds)
         if name not in outputs:
-            self._compare(name, seq, plain.output, outputs)
+            self._compare(name, length, plain.output, outputs)
 
-    def _pass(self, name: str, seq: int, record: bool) -> Run:
-        params, causal = self.request.params.get(name), self.request.causal
-        return self.runner(self.inputs[seq].array, name, params, causal=causal, record=record)
+    def _pass(self, name: str, length: int, record: bool) -> Run:
+        inputs, ready = self.inputs[length].array, self.ready[name]
+        cache = self.caches.get(name)
+        if cache is None:
+            return self.runner(inputs, ready, causal=self.request.causal, record=record)
+        if self.request.decodes:
+            cache.truncate(length)
+            return self.runner.decode(inputs[:, length:], ready, cache, causal=self.request.causal, record=record)
+        cache.truncate(0)
+        return self.runner(inputs, ready, causal=self.request.causal, record=record, cache=cache)
+
+    def _fill_caches(self, length: int) -> None:
+        """New caches for this length; in decoding they hold its positions already."""
+        self.caches = {}
+        if not self.request.workload(length).fills_cache:
+            return
+        positions = self.request.positions(length)
+        for name in self.methods:
+            cache = self.runner.new_cache(positions, self.ready[name], batch=self.request.batch)
+            self.caches[name] = cache
+            if self.request.decodes:
+                self.progress.advance(f"{self._place(length)}, filling the cache of {name}", 0.0)
+                inputs = self.inputs[length].array[:, :length]
+                self.runner(inputs, self.ready[name], causal=self.request.causal, record=False, cache=cache)
+
+    def _place(self, length: int) -> str:
+        return f"{'S' if self.request.decodes else 'T'}={length}"
 
     # --- time -------------------------------------------------------------------------------------------------------
 
-    def _round_s(self, seq: int) -> float:
+    def _round_s(self, length: int) -> float:
         """What one round of turns will take, going by the passes seen so far."""
         passes = {name: 2 if name in self.request.methods else 1 for name in self.methods}
-        predicted = sum(count * float(self.predictions[name, seq].total.seconds) for name, count in passes.items())
+        predicted = sum(count * float(self.predictions[name, length].total.seconds) for name, count in passes.items())
         return predicted * (self._seen_s / self._expected_s if self._expected_s else 1.0)
 
-    def _seconds_for(self, seq: int) -> float:
+    def _seconds_for(self, length: int) -> float:
         """The time for a length: later ones keep a warm-up and a round each; of the rest half, or all for the last."""
-        later = [other for other in self.request.lengths if other > seq]
+        later = [other for other in self.request.lengths if other > length]
         kept = sum((1 + 0.5 * self.timing.warmup) * self._round_s(other) for other in later)
         left = self.timing.max_seconds - (time.perf_counter() - self._began_s) - kept
         return max(left / 2 if later else left, 0.0)
 
     # --- what was seen ----------------------------------------------------------------------------------------------
 
-    def _compare(self, name: str, seq: int, output: Any, outputs: dict[str, Any]) -> None:
+    def _compare(self, name: str, length: int, output: Any, outputs: dict[str, Any]) -> None:
         """Check the first output of a method, and compare it with exact attention once both are there."""
         if not np.isfinite(output).all():
             raise InputError(
-                f"the output of {name} at T={seq} holds NaN or infinite values in {self.request.dtype}: "
+                f"the output of {name} at {self._place(length)} holds NaN or infinite values in {self.request.dtype}: "
                 "check weights and input, or take --dtype float32"
             )
         outputs[name] = output
         exact = next((baseline for baseline in BASELINES if baseline in self.methods), None)
         for other in [*outputs] if name == exact else [name]:
             if exact in outputs:
-                found = agreement(outputs[other], outputs[exact], self.inputs[seq].valid_positions)
-                self.fidelity[other, seq] = {"reference": exact, **found}
+                found = agreement(outputs[other], outputs[exact], self._compared(length))
+                self.fidelity[other, length] = {"reference": exact, **found}
+
+    def _compared(self, length: int) -> int:
+        """Positions of an output that are no padding."""
+        return self.request.steps if self.request.decodes else self.inputs[length].valid_positions
 
     def results(self) -> list[dict[str, Any]]:
         """One entry per named method and length that has passes of both kinds."""
         found = []
         for name in self.request.methods:
-            for seq in self.request.lengths:
-                samples = self.samples.get((name, seq), Samples())
+            for length in self.request.lengths:
+                samples = self.samples.get((name, length), Samples())
                 if samples.complete:
-                    found.append(self._entry(name, seq, samples))
+                    found.append(self._entry(name, length, samples))
         return found
 
-    def _entry(self, name: str, seq: int, samples: Samples) -> dict[str, Any]:
-        entry = results.entry(self.request, name, seq, self.predictions[name, seq])
+    def _entry(self, name: str, length: int, samples: Samples) -> dict[str, Any]:
+        entry = results.entry(self.request, name, self.predictions[name, length])
         results.add_measured(entry, samples)
-        predicted = {other: float(self.predictions[other, seq].total.seconds) for other in self.methods}
-        seen = {other: self.samples[other, seq].totals for other in self.methods if (other, seq) in self.samples}
+        predicted = {other: float(self.predictions[other, length].total.seconds) for other in self.methods}
+        seen = {other: self.samples[other, length].totals for other in self.methods if (other, length) in self.samples}
         medians = {other: float(np.median(totals)) for other, totals in seen.items() if totals}
         entry["speedup"] = results.speedups(predicted, medians, name)
-        entry["fidelity"] = self.fidelity.get((name, seq))
+        entry["fidelity"] = self.fidelity.get((name, length))
         entry["flags"] = self._above_roof(entry)
         return entry
+
+    def estimate_of(self, result: Mapping[str, Any]) -> Estimate:
+        """The closed form behind a result."""
+        return self.predictions[result["method"], results.length_of(result)].estimate
 
     def _above_roof(self, entry: Mapping[str, Any]) -> list[str]:
         """Components that are faster than the machine can be: their FLOPs must be wrong."""
@@ -368,12 +427,13 @@ class Bench:
         ]  # fmt: skip
 
 
-def _rivals(request: Request, hardware: Hardware, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _rivals(bench: Bench, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The accuracy that simpler models would have: the bare roofline, and the same times one fitted factor."""
+    hardware = bench.hardware
     if hardware.level == "spec":
         return {}
     roof = bare_roofline(hardware)
-    plain = [results.predicted_again(one, predict(request.estimate(one["method"], one["seq"]), roof)) for one in found]
+    plain = [results.predicted_again(one, predict(bench.estimate_of(one), roof)) for one in found]
     rivals = {"bare_roofline": results.accuracy(plain)}
     factor = hardware.about.get("global_efficiency")
     if factor:

@@ -48,8 +48,15 @@ shape_options = _group(
     click.option(
         "--seq", callback=_parsed(parse_lengths), metavar="LENGTHS", help="512,1024 or 2^9:2^13.  [256 to 2048]"
     ),
+    click.option(
+        "--kv-len",
+        callback=_parsed(parse_lengths),
+        metavar="LENGTHS",
+        help="Cached positions, in decoding.  [256,1024]",
+    ),
     click.option("--batch", type=POSITIVE, metavar="B", default=1, show_default=True, help="Sequences at once."),
-    click.option("--phase", metavar="NAME", default="prefill", show_default=True, help="What one pass does."),
+    click.option("--phase", metavar="NAME", default="prefill", show_default=True, help="prefill or decode."),
+    click.option("--steps", type=POSITIVE, metavar="N", help="Tokens of a decoding pass.  [1]"),
     click.option("--causal/--no-causal", default=None, help="Override the model's own mask."),
     dtype_option,
     *(
@@ -85,7 +92,7 @@ hardware_option = click.option(
 )
 
 timing_options = _group(
-    click.option("--repeats", type=POSITIVE, metavar="N", default=5, show_default=True, help="Passes, at most."),
+    click.option("--repeats", type=POSITIVE, metavar="N", help="Passes, at most.  [5, in decoding 25]"),
     click.option("--warmup", type=click.IntRange(0), metavar="N", default=1, show_default=True, help="Before them."),
     click.option(
         "--max-seconds", type=click.FloatRange(0, min_open=True), metavar="S", default=40.0, show_default=True,

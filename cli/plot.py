@@ -11,6 +11,7 @@ from refimpl.errors import MissingDependencyError
 
 from .files import whole
 from .render import SECONDS, by_method, unit_for
+from .results import length_of, place_of
 
 PANELS = 4  # lengths whose breakdown is drawn: the largest ones
 # Okabe and Ito's colours, told apart by colour-blind readers; components beyond them are hatched.
@@ -43,15 +44,15 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     results = document["results"]
-    lengths = sorted({result["seq"] for result in results})[-PANELS:]
+    lengths = sorted({length_of(result) for result in results})[-PANELS:]
     columns = len(lengths) + 2
     with mpl.rc_context({"font.size": 9, "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(2.0 * columns + 2.5, 4.8), layout="constrained")
         FigureCanvasAgg(figure)
         grid = figure.add_gridspec(1, columns)
         colours = _colours(results)
-        for place, seq in enumerate(lengths):
-            at_length = [result for result in results if result["seq"] == seq]
+        for place, length in enumerate(lengths):
+            at_length = [result for result in results if length_of(result) == length]
             _breakdown(figure.add_subplot(grid[0, place]), at_length, colours, first=place == 0)
         _totals(figure.add_subplot(grid[0, len(lengths) :]), results)
         figure.suptitle(_title(document))
@@ -67,7 +68,8 @@ def describe(document: Mapping[str, Any]) -> str:
     for result in document["results"]:
         measured = result["total"].get("measured_s")
         seen = f", measured {measured['median']:.4g} s" if measured else ""
-        parts.append(f"{result['method']} at T={result['seq']}: predicted {result['total']['predicted_s']:.4g} s{seen}")
+        expected = f"predicted {result['total']['predicted_s']:.4g} s{seen}"
+        parts.append(f"{result['method']} at {place_of(result)}: {expected}")
     return "Seconds of one forward pass by component and in total. " + "; ".join(parts) + "."
 
 
@@ -102,7 +104,7 @@ def _breakdown(axes: Any, results: Sequence[Mapping[str, Any]], colours: Mapping
         else:
             _stack(axes, place, 0.7, result, colours, predicted, 1.0)
     axes.set_xticks(range(len(results)), [result["method"] for result in results], rotation=30)
-    axes.set_title(f"T = {results[0]['seq']}", fontsize=9)
+    axes.set_title(place_of(results[0]), fontsize=9)
     axes.set_ylabel(unit)
     if first:
         axes.set_xlabel("left predicted (pale), right measured" if measured else "predicted")
@@ -123,7 +125,7 @@ def _totals(axes: Any, results: Sequence[Mapping[str, Any]]) -> None:
     """Total against length on logarithmic axes: predicted as a line with its band, measured as marks."""
     for place, (name, found) in enumerate(by_method(results).items()):
         colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
-        lengths, totals = [result["seq"] for result in found], [result["total"] for result in found]
+        lengths, totals = [length_of(result) for result in found], [result["total"] for result in found]
         low, high = ([total[f"predicted_{end}_s"] for total in totals] for end in ("low", "high"))
         axes.fill_between(lengths, low, high, color=colour, alpha=0.15, linewidth=0)
         predicted = [total["predicted_s"] for total in totals]
@@ -135,9 +137,9 @@ def _totals(axes: Any, results: Sequence[Mapping[str, Any]]) -> None:
             axes.plot(lengths, medians, color=colour, marker=marker, linestyle="none", label=f"{name}, measured")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    lengths = sorted({result["seq"] for result in results})
+    lengths = sorted({length_of(result) for result in results})
     axes.set_xticks(lengths, [str(length) for length in lengths], rotation=30)
-    axes.set_xlabel("length T")
+    axes.set_xlabel("cached positions S" if place_of(results[0]).startswith("S") else "length T")
     axes.set_ylabel("s")
     axes.set_title("total", fontsize=9)
     axes.grid(alpha=0.3, which="major")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .layout import Block, Row, Table
+from .results import length_of, place_of
 
 if TYPE_CHECKING:
     from costmodel.hardware import Hardware
@@ -102,9 +103,12 @@ def heading(document: Mapping[str, Any]) -> str:
     kv = f" ({model['kv_heads']} of keys)" if model["kv_heads"] != model["heads"] else ""
     meaning = "lower bounds from a spec sheet" if hardware["level"] == "spec" else "forecasts"
     causal = ", causal" if config["causal"] else ""
+    work = config["phase"]
+    if "kv_len" in config:
+        work = f"decode, {config['steps']} token{'s' if config['steps'] > 1 else ''} a pass after S cached positions"
     return (
         f"{model['name']}: {shape}{kv}, feed-forward {model['d_ff']}; batch {config['batch']}, {config['dtype']}, "
-        f"{config['phase']}{causal}\n"
+        f"{work}{causal}\n"
         f"hardware {hardware['name']} (level {hardware['level']}: {meaning})"
     )
 
@@ -132,6 +136,22 @@ def by_method(results: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[st
     return found
 
 
+def axis_of(results: Sequence[Mapping[str, Any]]) -> str:
+    """The letter of the lengths: S cached positions in decoding, else T."""
+    return place_of(results[0])[0]
+
+
+def _decoding(results: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Columns of the cache and of tokens per second, where there are any."""
+    columns = []
+    if any(result["cache_bytes"] for result in results):
+        columns.append(column("cache", CAPACITIES, [result["cache_bytes"] for result in results]))
+    if "tokens_per_s" in results[0]:
+        rates = {kind: [number(result["tokens_per_s"][kind]) for result in results] for kind in kinds}
+        columns += [(f"{kind} tokens/s", cells) for kind, cells in rates.items()]
+    return columns
+
+
 def component_grid(
     results: Sequence[Mapping[str, Any]],
     columns: Callable[[Mapping[str, Any], Mapping[str, Any], Unit], Row],
@@ -153,7 +173,7 @@ def component_grid(
         ["component", *(head for _ in results for head in heads)],
         list(rows.values()),
         total,
-        groups=[("", 1), *((f"T={result['seq']}", len(heads)) for result in results)],
+        groups=[("", 1), *((place_of(result), len(heads)) for result in results)],
     )
 
 
@@ -201,7 +221,7 @@ def _estimate_detail(result: Mapping[str, Any]) -> Table:
         ("share %", [percent(row["predicted_s"] / whole if whole else None) for row in rows]),
     ]
     headers, cells = columns_to_rows(columns)
-    return Table(f"{method_title(result)} at T={result['seq']}", headers, cells[:-1], cells[-1], left=2)
+    return Table(f"{method_title(result)} at {place_of(result)}", headers, cells[:-1], cells[-1], left=2)
 
 
 def _band(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
@@ -218,9 +238,23 @@ def _band(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
 def _estimate_line(result: Mapping[str, Any], baselines: Sequence[str]) -> str:
     ratios = [f"{times(result['speedup'][name]['predicted'])} x the speed of {name}" for name in baselines]
     return (
-        f"{result['method']} at T={result['seq']}: {', '.join(ratios)}; weights "
+        f"{result['method']} at {place_of(result)}: {', '.join(ratios)}; weights "
         f"{quantity(result['params_bytes'], CAPACITIES)}, peak memory {quantity(result['peak_bytes'], CAPACITIES)}"
+        f"{_cache_text(result)}"
     )
+
+
+def _cache_text(result: Mapping[str, Any]) -> str:
+    """The cache and its traffic, and the rate of tokens, where there are any."""
+    if not result["cache_bytes"]:
+        return ""
+    traffic = result["cache_traffic"]
+    text = (
+        f", cache {quantity(result['cache_bytes'], CAPACITIES)} ({quantity(traffic['appended_bytes'], BYTES)} "
+        f"appended, {quantity(traffic['read_bytes'], BYTES)} of keys and values read)"
+    )
+    rate = result.get("tokens_per_s")
+    return f"{text}; {number(rate['predicted'])} tokens/s" if rate else text
 
 
 def _estimate_grid(results: Sequence[Mapping[str, Any]]) -> Table:
@@ -236,7 +270,7 @@ def _estimate_summary(results: Sequence[Mapping[str, Any]], baselines: Sequence[
     columns = [
         ("method", [result["method"] for result in results]),
         ("bound", [total["bound"] for total in totals]),
-        ("T", [str(result["seq"]) for result in results]),
+        (axis_of(results), [str(length_of(result)) for result in results]),
         column("matmul", FLOPS, [total["matmul_flops"] for total in totals]),
         column("vector", FLOPS, [total["vector_flops"] for total in totals]),
         column("moved", BYTES, [total["bytes_read"] + total["bytes_written"] for total in totals]),
@@ -244,6 +278,7 @@ def _estimate_summary(results: Sequence[Mapping[str, Any]], baselines: Sequence[
         *_band(totals),
         *((f"x {name}", [times(result["speedup"][name]["predicted"]) for result in results]) for name in baselines),
         column("peak", CAPACITIES, [result["peak_bytes"] for result in results]),
+        *_decoding(results, ("predicted",)),
     ]
     headers, rows = columns_to_rows(columns)
     return Table("summary, predicted", headers, rows, left=2)
@@ -262,7 +297,7 @@ def measure_blocks(document: Mapping[str, Any], baselines: Sequence[str]) -> lis
         chunks = [of_method[start : start + ACROSS] for start in range(0, len(of_method), ACROSS)]
         blocks += [_measure_grid(chunk) for chunk in chunks]
     blocks += [_measure_summary(results, baselines), accuracy_table(document["accuracy"])]
-    flags = [f"{result['method']} at T={result['seq']}, {flag}" for result in results for flag in result["flags"]]
+    flags = [f"{result['method']} at {place_of(result)}, {flag}" for result in results for flag in result["flags"]]
     blocks += _unnamed(document, baselines, "run")
     return [*blocks, *(["Above the roof:\n" + "\n".join(flags)] if flags else [])]
 
@@ -285,9 +320,10 @@ def _measure_summary(results: Sequence[Mapping[str, Any]], baselines: Sequence[s
     totals = [result["total"] for result in results]
     medians = [total["measured_s"]["median"] for total in totals]
     shortest = min(medians)
+    decoding = _decoding(results, ("measured", "predicted"))
     columns = [
         ("method", [result["method"] for result in results]),
-        ("T", [str(result["seq"]) for result in results]),
+        (axis_of(results), [str(length_of(result)) for result in results]),
         ("runs", [str(total["measured_s"]["n"]) for total in totals]),
         column("measured", SECONDS, medians, shortest),
         ("± %", [percent(_spread(total["measured_s"])) for total in totals]),
@@ -297,6 +333,7 @@ def _measure_summary(results: Sequence[Mapping[str, Any]], baselines: Sequence[s
         *((name, [times(result["speedup"][name]["predicted"]) for result in results]) for name in baselines),
         ("rel. L2", [small((result["fidelity"] or {}).get("rel_l2")) for result in results]),
         ("cosine", [cosine((result["fidelity"] or {}).get("cosine")) for result in results]),
+        *decoding,
     ]
     headers, rows = columns_to_rows(columns)
     n = len(baselines)
@@ -305,7 +342,7 @@ def _measure_summary(results: Sequence[Mapping[str, Any]], baselines: Sequence[s
         "totals of passes without instruments, and fidelity against exact attention",
         headers,
         rows,
-        groups=[("", 7), *ratios, ("fidelity", 2)],
+        groups=[("", 7), *ratios, ("fidelity", 2), *([("", len(decoding))] if decoding else [])],
     )
 
 
@@ -515,8 +552,8 @@ def formula(expression: Any) -> str:
 # --- machine-readable -----------------------------------------------------------------------------------------------
 
 CSV_FIELDS = (
-    "method", "params", "seq", "batch", "phase", "device", "engine", "component", "calls", "matmul_flops",
-    "vector_flops", "bytes_read", "bytes_written", "predicted_s", "predicted_low_s", "predicted_high_s",
+    "method", "params", "seq", "kv_len", "steps", "batch", "phase", "device", "engine", "component", "calls",
+    "matmul_flops", "vector_flops", "bytes_read", "bytes_written", "predicted_s", "predicted_low_s", "predicted_high_s",
     "bound", "measured_median_s", "measured_p10_s", "measured_p90_s", "measured_n", "rel_error",
 )  # fmt: skip
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import costmodel
 from costmodel.closed_form import Estimate
-from refimpl.config import ModelConfig, Workload, override
+from refimpl.config import PHASES, ModelConfig, Workload, override, preset
 from refimpl.engines import ENGINES
 from refimpl.errors import ConfigError, unknown
 from refimpl.methods import CATALOG
@@ -20,6 +20,8 @@ from .context import cores
 BASELINES = ("dense", "flash")  # both exact
 METHODS = ("dense", "flash", "reuse")
 LENGTHS = (256, 512, 1024, 2048)
+KV_LENGTHS = (256, 1024)
+DECODER = "smollm2-135m"
 DEFAULT_ENGINE = {"cpu": "numba", "gpu": "cupy"}
 
 
@@ -33,8 +35,11 @@ class Request:
         What ``refimpl.load_model`` takes; a ModelConfig where sizes were overridden.
     config : ModelConfig
     lengths, methods : tuple
+        Lengths are T of a prefill, or in decoding the positions S that the cache holds before the first step.
     params : dict
         Method -> its parameters as given.
+    steps : int
+        Tokens of a decoding pass, one after the other.
     """
 
     model: str | Path | ModelConfig
@@ -49,6 +54,12 @@ class Request:
     device: str
     engine: str
     threads: int
+    steps: int = 1
+
+    @property
+    def decodes(self) -> bool:
+        """Whether a pass continues sequences whose keys and values are cached."""
+        return self.phase == "decode"
 
     @property
     def all_methods(self) -> tuple[str, ...]:
@@ -60,16 +71,27 @@ class Request:
         shown = [only] if only else list(BASELINES)
         return [name for name in shown if self.methods != (name,)]
 
-    def estimate(self, method: str, seq: int) -> Estimate:
-        """What a method costs at a length."""
-        workload = Workload(seq, self.batch, self.phase, self.causal, self.dtype)
-        return costmodel.estimate(method, self.config, workload, self.params.get(method))
+    def workload(self, length: int) -> Workload:
+        """What a pass does at a length; the prefill of a language model fills its cache."""
+        if self.decodes:
+            return Workload(1, self.batch, self.phase, self.causal, self.dtype, kv_len=length, steps=self.steps)
+        fills = self.config.generates and self.causal is not False
+        return Workload(length, self.batch, self.phase, self.causal, self.dtype, fills_cache=fills)
+
+    def positions(self, length: int) -> int:
+        """Positions that a sequence has at the end of a pass."""
+        return length + self.steps if self.decodes else length
+
+    def estimate(self, method: str, length: int, parameters: Any = None) -> Estimate:
+        """What a method costs at a length, under these parameters instead of the given ones."""
+        return costmodel.estimate(method, self.config, self.workload(length), parameters or self.params.get(method))
 
     def as_config(self) -> dict[str, Any]:
         """Every resolved input, for the ``config`` of a result."""
         return {
             "model": asdict(self.config),
-            "seq": list(self.lengths),
+            "seq": [1] if self.decodes else list(self.lengths),
+            **({"kv_len": list(self.lengths), "steps": self.steps} if self.decodes else {}),
             "method": list(self.methods),
             "params": {name: asdict(self.estimate(name, self.lengths[0]).parameters) for name in self.methods},
             "batch": self.batch,
@@ -84,7 +106,7 @@ class Request:
 
 def resolve(
     model: str | Path | ModelConfig | None = None,
-    seq: int | Sequence[int] = LENGTHS,
+    seq: int | Sequence[int] | None = None,
     method: str | Sequence[str] = METHODS,
     params: Mapping[str, Mapping[str, Any]] | None = None,
     *,
@@ -92,6 +114,8 @@ def resolve(
     batch: int = 1,
     dtype: str = "float32",
     phase: str = "prefill",
+    kv_len: int | Sequence[int] | None = None,
+    steps: int | None = None,
     causal: bool | None = None,
     device: str | None = None,
     engine: str | None = None,
@@ -105,7 +129,7 @@ def resolve(
         If a name is unknown, or a value is outside what is allowed.
     """
     methods = _methods(method)
-    config = resolve_config(_default_model(methods) if model is None else model)
+    config = resolve_config(_default_model(methods, phase) if model is None else model)
     changed = override(config, **dict(overrides or {}))
     device, engine = device_and_engine(device, engine)
     if threads is not None and threads < 1:
@@ -113,7 +137,7 @@ def resolve(
     request = Request(
         model=changed if changed is not config else (model or config.name),
         config=changed,
-        lengths=_lengths(seq),
+        lengths=_lengths(phase, seq, kv_len, steps),
         methods=methods,
         params=check_params(params or {}, methods),
         batch=batch,
@@ -123,6 +147,7 @@ def resolve(
         device=device,
         engine=engine,
         threads=threads or cores(),
+        steps=steps or 1,
     )
     for name in methods:  # parameters and workload are checked here
         request.estimate(name, request.lengths[0])
@@ -139,15 +164,31 @@ def _methods(given: str | Sequence[str]) -> tuple[str, ...]:
     return methods
 
 
-def _default_model(methods: tuple[str, ...]) -> str:
-    """The example model of the first method that is not a baseline."""
-    return CATALOG[next((name for name in methods if name not in BASELINES), methods[0])].model
+def _default_model(methods: tuple[str, ...], phase: str) -> str:
+    """The example model of the first method that is not a baseline; one that can decode where that is asked for."""
+    model = CATALOG[next((name for name in methods if name not in BASELINES), methods[0])].model
+    return DECODER if phase == "decode" and not preset(model).generates else model
 
 
-def _lengths(given: int | Sequence[int]) -> tuple[int, ...]:
+def _lengths(
+    phase: str, seq: int | Sequence[int] | None, kv_len: int | Sequence[int] | None, steps: int | None
+) -> tuple[int, ...]:
+    """The lengths of a prefill, or those of the cache in decoding; the options of the other phase are refused."""
+    if phase not in PHASES:
+        raise unknown("phase", phase, PHASES)
+    if phase == "decode":
+        if seq is not None:
+            raise ConfigError("decoding takes one token a step: give --kv-len for the cached positions, not --seq")
+        return _rising("kv_len", KV_LENGTHS if kv_len is None else kv_len)
+    if kv_len is not None or steps is not None:
+        raise ConfigError("--kv-len and --steps belong to decoding: add --phase decode, or give --seq")
+    return _rising("seq", LENGTHS if seq is None else seq)
+
+
+def _rising(name: str, given: int | Sequence[int]) -> tuple[int, ...]:
     lengths = tuple(sorted({int(length) for length in ([given] if isinstance(given, int) else given)}))
     if not lengths or lengths[0] < 1:
-        raise ConfigError(f"seq is {lengths[0] if lengths else 'empty'}; every length must be at least 1")
+        raise ConfigError(f"{name} is {lengths[0] if lengths else 'empty'}; every length must be at least 1")
     return lengths
 
 

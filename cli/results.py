@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from costmodel.closed_form import Estimate
 from costmodel.hardware import Hardware
 from costmodel.ops import Cost
 from costmodel.predict import Prediction, Seconds
@@ -58,14 +59,26 @@ def describe(hardware: Hardware) -> dict[str, Any]:
     }
 
 
-def entry(request: Request, method: str, seq: int, prediction: Prediction) -> dict[str, Any]:
+def length_of(result: Mapping[str, Any]) -> int:
+    """Where a result stands on the axis of lengths: S of a decoding pass, T of a prefill."""
+    return int(result.get("kv_len", result["seq"]))
+
+
+def place_of(result: Mapping[str, Any]) -> str:
+    """``T=512``, or ``S=512`` for a decoding pass after 512 cached positions."""
+    return f"{'S' if 'kv_len' in result else 'T'}={length_of(result)}"
+
+
+def entry(request: Request, method: str, prediction: Prediction) -> dict[str, Any]:
     """One method at one length, as predicted."""
     estimate = prediction.estimate
+    workload = estimate.workload
     costs, calls, times = estimate.by_component(), estimate.calls(), prediction.by_component()
     return {
         "method": method,
         "params": asdict(estimate.parameters),
-        "seq": seq,
+        "seq": workload.seq,
+        **({"kv_len": workload.kv_len, "steps": workload.steps} if request.decodes else {}),
         "batch": request.batch,
         "phase": request.phase,
         "device": request.device,
@@ -75,10 +88,16 @@ def entry(request: Request, method: str, seq: int, prediction: Prediction) -> di
         ],
         "total": _figures(sum(calls.values()), estimate.total, prediction.total),
         "params_bytes": int(estimate.params_bytes),
-        "cache_bytes": 0,
+        "cache_bytes": int(estimate.cache_bytes),
+        "cache_traffic": {"appended_bytes": int(estimate.appended_bytes), "read_bytes": int(estimate.total.kv_bytes)},
         "peak_bytes": int(estimate.peak_bytes),
+        **({"tokens_per_s": {"predicted": _per_second(estimate, prediction.total.seconds)}} if request.decodes else {}),
         "speedup": {},
     }  # fmt: skip
+
+
+def _per_second(estimate: Estimate, seconds: Any) -> float:
+    return float(estimate.tokens / seconds) if seconds else 0.0
 
 
 def _figures(calls: Any, cost: Cost, time: Seconds) -> dict[str, Any]:
@@ -100,6 +119,9 @@ def add_measured(result: dict[str, Any], samples: Samples) -> None:
     for row in result["components"]:
         _add_measured(row, samples.components.get(row["component"], []))
     _add_measured(result["total"], samples.totals)
+    if "tokens_per_s" in result:
+        tokens = result["batch"] * result["steps"] * result["seq"]
+        result["tokens_per_s"]["measured"] = tokens / result["total"]["measured_s"]["median"]
 
 
 def _add_measured(row: dict[str, Any], seconds: list[float]) -> None:

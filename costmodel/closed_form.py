@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -46,6 +45,11 @@ class Estimate:
         """Positions worked on, over the whole batch."""
         return self.workload.batch * self.workload.seq * self.workload.steps
 
+    @property
+    def appended_bytes(self) -> Quantity:
+        """Bytes of new keys and values written into the cache."""
+        return sum(op.cost(self.itemsize).bytes_written for op in self.ops if op.name == "append")
+
     @cached_property
     def total(self) -> Cost:
         """FLOPs and bytes of the whole pass."""
@@ -73,7 +77,7 @@ class Estimate:
         return +counts
 
 
-def estimate(method: str, config: ModelConfig, workload: Workload, params: Mapping[str, Any] | None = None) -> Estimate:
+def estimate(method: str, config: ModelConfig, workload: Workload, params: Any = None) -> Estimate:
     """The closed-form cost of one forward pass of `config` under `method`.
 
     Parameters
@@ -83,8 +87,8 @@ def estimate(method: str, config: ModelConfig, workload: Workload, params: Mappi
     config : ModelConfig
     workload : Workload
         Its `seq` and `batch` may be arrays: every figure is then an array of the same shape.
-    params : mapping, optional
-        The method's parameters.
+    params : mapping or parameters, optional
+        The method's parameters, by name or as their class holds them.
 
     Raises
     ------
@@ -94,7 +98,7 @@ def estimate(method: str, config: ModelConfig, workload: Workload, params: Mappi
     if method not in COSTS:
         raise unknown("method", method, COSTS)
     cost, parameter_class = COSTS[method]
-    parameters: Any = make(parameter_class, method, params)
+    parameters: Any = params if isinstance(params, parameter_class) else make(parameter_class, method, params)
     parameters.check(config)
     workload.check(config)
     settings = steps_of(config, workload)
@@ -111,7 +115,7 @@ def estimate(method: str, config: ModelConfig, workload: Workload, params: Mappi
         ops=[op for program in programs for op in _ops(program)],
         params_bytes=weights,
         cache_bytes=cache,
-        peak_bytes=weights + cache + _tables(last.setting) + peak * itemsize,
+        peak_bytes=weights + cache + _tables(last.setting) + last.mask_bytes() + peak * itemsize,
         itemsize=itemsize,
     )
 
@@ -136,7 +140,7 @@ def _live(program: Dense) -> list[Quantity]:
     s = program.setting
     return [
         *program.attention_live(),
-        program.held() + memory.feed_forward(s),
+        *(program.held() + moment for moment in program.feed_forward_live()),
         program.held() + memory.convolution(s),
         memory.head(s),
         memory.stem(s),

@@ -19,7 +19,7 @@ import numpy as np
 from costmodel.closed_form import Estimate
 from costmodel.hardware import Band, Hardware, MemoryLevel, OpModel
 from costmodel.ops import FORMULAS, Cost
-from costmodel.predict import kind_of, predict, seconds_of_call
+from costmodel.predict import Traffic, kind_of, predict, seconds_of_call
 from refimpl.errors import ConfigError
 
 STREAM = "add"  # the op that only moves data; its bandwidths are the machine's
@@ -59,6 +59,26 @@ class Pass:
     total_s: float
 
 
+@dataclass(frozen=True)
+class _Placed:
+    """A sample with the traffic that it has within its pass."""
+
+    sample: Sample
+    cost: Cost
+    traffic: Traffic
+
+    @property
+    def kind(self) -> str:
+        return kind_of(self.sample.op, self.sample.sizes)
+
+
+def _placed(one: Pass, itemsize: int) -> list[_Placed]:
+    costs = [FORMULAS[sample.op](itemsize, **sample.sizes) for sample in one.samples]
+    return [
+        _Placed(sample, cost, Traffic.of(cost, one.estimate)) for sample, cost in zip(one.samples, costs, strict=True)
+    ]
+
+
 def fit(passes: Sequence[Pass], itemsize: int, *, kind: Literal["cpu", "gpu"], about: Mapping[str, Any]) -> Hardware:
     """Fit a machine's constants.
 
@@ -95,12 +115,12 @@ def fit(passes: Sequence[Pass], itemsize: int, *, kind: Literal["cpu", "gpu"], a
 
 
 def _fit_once(passes: Sequence[Pass], itemsize: int, kind: Literal["cpu", "gpu"], about: Mapping[str, Any]) -> Hardware:
-    samples: dict[str, list[Sample]] = defaultdict(list)
+    samples: dict[str, list[_Placed]] = defaultdict(list)
     for one in passes:
-        for sample in one.samples:
-            samples[kind_of(sample.op, sample.sizes)].append(sample)
-    stream = _fit_op(samples[STREAM], itemsize, None)
-    ops = {name: _fit_op(found, itemsize, stream) for name, found in samples.items()} | {STREAM: stream}
+        for placed in _placed(one, itemsize):
+            samples[placed.kind].append(placed)
+    stream = _fit_op(samples[STREAM], None)
+    ops = {name: _fit_op(found, stream) for name, found in samples.items()} | {STREAM: stream}
     dtype = str(about["dtype"])
     return Hardware(
         name="local",
@@ -109,8 +129,8 @@ def _fit_once(passes: Sequence[Pass], itemsize: int, kind: Literal["cpu", "gpu"]
         level="calibrated",
         source="effref calibrate",
         capacity_bytes=float(about.get("capacity_bytes", 0)),
-        matmul_flops_per_s={dtype: _best_rate(samples, itemsize, "matmul_flops", PRODUCTS)},
-        vector_flops_per_s={dtype: _best_rate(samples, itemsize, "vector_flops", tuple(set(samples) - set(HALVES)))},
+        matmul_flops_per_s={dtype: _best_rate(samples, "matmul_flops", PRODUCTS)},
+        vector_flops_per_s={dtype: _best_rate(samples, "vector_flops", tuple(set(samples) - set(HALVES)))},
         memory=(
             MemoryLevel("cache", stream.cache_bytes, stream.near_bytes_per_s),
             MemoryLevel("memory", float(about.get("capacity_bytes", 0)), stream.far_bytes_per_s),
@@ -120,14 +140,9 @@ def _fit_once(passes: Sequence[Pass], itemsize: int, kind: Literal["cpu", "gpu"]
     )
 
 
-def _best_rate(samples: Mapping[str, list[Sample]], itemsize: int, flops: str, kinds: tuple[str, ...]) -> float:
+def _best_rate(samples: Mapping[str, list[_Placed]], flops: str, kinds: tuple[str, ...]) -> float:
     """The highest sustained rate seen."""
-    rates = [
-        float(getattr(FORMULAS[sample.op](itemsize, **sample.sizes), flops)) / sample.seconds
-        for kind in kinds
-        for sample in samples[kind]
-    ]
-    return max(rates)
+    return max(float(getattr(placed.cost, flops)) / placed.sample.seconds for kind in kinds for placed in samples[kind])
 
 
 # --- one op -------------------------------------------------------------------------------------------------------
@@ -137,40 +152,46 @@ def _best_rate(samples: Mapping[str, list[Sample]], itemsize: int, flops: str, k
 class _Observed:
     """The samples of one op as arrays."""
 
+    op: str
     sizes: Mapping[str, Any]
     cost: Cost
+    traffic: Traffic
     seconds: Any
 
     @classmethod
-    def of(cls, samples: list[Sample], itemsize: int) -> _Observed:
-        sizes = {name: np.array([s.sizes[name] for s in samples], float) for name in samples[0].sizes}
-        costs = [FORMULAS[s.op](itemsize, **s.sizes) for s in samples]
-        columns = {name: np.array([getattr(cost, name) for cost in costs], float) for name in vars(costs[0])}
-        return cls(sizes, Cost(**columns), np.array([s.seconds for s in samples]))
+    def of(cls, found: list[_Placed]) -> _Observed:
+        sizes = _columns([placed.sample.sizes for placed in found])
+        cost, traffic = (_columns([vars(getattr(placed, part)) for placed in found]) for part in ("cost", "traffic"))
+        seconds = np.array([placed.sample.seconds for placed in found])
+        return cls(found[0].sample.op, sizes, Cost(**cost), Traffic(**traffic), seconds)
 
 
-def _fit_op(samples: list[Sample], itemsize: int, stream: OpModel | None) -> OpModel:
+def _columns(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: np.array([row[name] for row in rows], float) for name in rows[0]}
+
+
+def _fit_op(found: list[_Placed], stream: OpModel | None) -> OpModel:
     """Least squares on the logarithm of time; the start is also the centre of the priors."""
     from scipy.optimize import least_squares
 
-    seen = _Observed.of(samples, itemsize)
-    names, start, sigma = _start(samples[0].op, seen, stream)
+    seen = _Observed.of(found)
+    names, start, sigma = _start(seen, stream)
 
     def residuals(x: Any) -> Any:
-        model = _model(names, x, samples[0].op)
-        misfit = np.log(seconds_of_call(model, seen.sizes, seen.cost) / seen.seconds)
+        model = _model(names, x, seen.op)
+        misfit = np.log(seconds_of_call(model, seen.sizes, seen.cost, seen.traffic) / seen.seconds)
         robust = np.sign(misfit) * np.sqrt(2.0 * (np.sqrt(1.0 + (misfit / 0.1) ** 2) - 1.0))
         return np.concatenate([robust, (x - start) / sigma])
 
-    return _model(names, least_squares(residuals, start, method="trf").x, samples[0].op)
+    return _model(names, least_squares(residuals, start, method="trf").x, seen.op)
 
 
-def _start(op: str, seen: _Observed, stream: OpModel | None) -> tuple[list[str], Any, Any]:
+def _start(seen: _Observed, stream: OpModel | None) -> tuple[list[str], Any, Any]:
     """The fitted constants by name, the logarithms they start from, and how far each may wander."""
     values: dict[str, tuple[float, float]] = {"overhead": (float(seen.seconds.min()) / 2, PRIOR_SIGMA["overhead"])}
     if np.any(seen.cost.matmul_flops):
         values["matmul"] = (float((seen.cost.matmul_flops / seen.seconds).max()) * 1.1, 0.5)
-        values |= dict.fromkeys(HALVES[op], (HALF_PRIOR, PRIOR_SIGMA["half"]))
+        values |= dict.fromkeys(HALVES[seen.op], (HALF_PRIOR, PRIOR_SIGMA["half"]))
     if np.any(seen.cost.vector_flops):
         values["vector"] = (float((seen.cost.vector_flops / seen.seconds).max()) * 1.1, PRIOR_SIGMA["vector"])
     rate = float((seen.cost.bytes_moved / seen.seconds).max())
@@ -213,19 +234,18 @@ def _held_out(
             continue
         hardware = _fit_once(kept, itemsize, kind, about)
         for one in passes:
-            kinds = {kind_of(sample.op, sample.sizes) for sample in one.samples}
-            if _model_of(one) in left_out and kinds <= set(hardware.ops):
-                for sample in one.samples:
-                    key = kind_of(sample.op, sample.sizes)
-                    cost = FORMULAS[sample.op](itemsize, **sample.sizes)
-                    expected = seconds_of_call(hardware.ops[key], sample.sizes, cost)
-                    ops[key].append(sample.seconds / float(expected))
+            placed = _placed(one, itemsize)
+            if _model_of(one) in left_out and {each.kind for each in placed} <= set(hardware.ops):
+                for each in placed:
+                    model, sample = hardware.ops[each.kind], each.sample
+                    expected = seconds_of_call(model, sample.sizes, each.cost, each.traffic)
+                    ops[each.kind].append(sample.seconds / float(expected))
                 totals.append(one.total_s / float(predict(one.estimate, hardware).total.seconds))
     return ops, totals
 
 
-def _model_of(one: Pass) -> tuple[Any, int, int]:
-    return one.estimate.config, one.estimate.workload.seq, one.estimate.workload.batch
+def _model_of(one: Pass) -> tuple[Any, Any]:
+    return one.estimate.config, one.estimate.workload
 
 
 def _band(ratios: list[float]) -> Band:

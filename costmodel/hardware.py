@@ -14,7 +14,7 @@ from typing import Any, Literal
 from refimpl.errors import ConfigError, unknown
 
 NOT_MACHINES = ("energy-constants",)  # tables of hardware.toml that describe no machine
-PROFILE_SCHEMA = 1
+PROFILE_SCHEMA = 2  # 1 knew no streamed bytes
 
 
 @dataclass(frozen=True)

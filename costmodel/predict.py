@@ -19,6 +19,8 @@ from refimpl.components import COMPONENTS
 from refimpl.errors import UnsupportedError
 
 BOUNDS = ("compute", "memory", "overhead")
+FEW_ROWS = 8  # of a product, up to which it is bound by reading its weights and engines take another kernel
+FEW_QUERIES = 8  # of attention, likewise by reading keys and values
 
 
 @dataclass(frozen=True)
@@ -78,15 +80,59 @@ def predict(estimate: Estimate, hardware: Hardware) -> Prediction:
     by_op = []
     for op in estimate.ops:
         one = op.cost_of_one(estimate.itemsize)
-        parts = _spec(one, hardware, dtype) if hardware.level == "spec" else _calibrated(op, one, hardware, dtype)
+        traffic = Traffic.of(one, estimate)
+        if hardware.level == "spec":
+            parts = _spec(one, traffic, hardware, dtype)
+        else:
+            parts = _calibrated(op, one, traffic, hardware, dtype)
         by_op.append((op, _times(op.calls, *parts, hardware.bands.get(kind_of(op.name, op.sizes)))))
     total = sum((seconds for _, seconds in by_op), Seconds())
     return Prediction(estimate, hardware, by_op, _banded(total, hardware))
 
 
 def kind_of(op: str, sizes: Mapping[str, Quantity]) -> str:
-    """The name under which an op's constants are kept: a causal mask makes another kernel of it."""
+    """The name under which an op's constants are kept: few rows, few queries or a causal mask make other kernels of it.
+
+    Arrays of sizes count as their largest.
+    """
+    if op in ("linear", "project") and _most(sizes["rows"]) <= FEW_ROWS:
+        return f"{op}, few rows"
+    if op in ("scores", "softmax", "weighted_sum", "attention") and _most(sizes["q_len"]) <= FEW_QUERIES:
+        return f"{op}, few queries"
     return f"{op}, causal" if sizes.get("causal") else op
+
+
+def _most(size: Quantity) -> Any:
+    return np.max(size)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """The bytes of one call by where they lie.
+
+    Attributes
+    ----------
+    streamed : number
+        Parameters, tables and, in decoding, cached keys and values. Each is touched once a pass, so it comes from the
+        level of memory that holds all of them.
+    resident : number
+        All that is touched once a pass: the working set of `streamed`.
+    passed : number
+        What ops hand to each other, with a working set of its own.
+    """
+
+    streamed: Quantity
+    resident: Quantity
+    passed: Quantity
+
+    @classmethod
+    def of(cls, one: Cost, estimate: Estimate) -> Traffic:
+        """That of a call within a pass."""
+        streamed = one.weight_bytes + one.table_bytes
+        if estimate.workload.phase == "decode":
+            streamed = streamed + one.kv_bytes
+        resident = np.maximum(estimate.params_bytes + estimate.cache_bytes, streamed)
+        return cls(streamed, resident, one.bytes_moved - streamed)
 
 
 def _times(calls: Quantity, overhead: Quantity, compute: Quantity, memory: Quantity, band: Band | None) -> Seconds:
@@ -117,13 +163,15 @@ def _banded(total: Seconds, hardware: Hardware) -> Seconds:
 # --- spec ---------------------------------------------------------------------------------------------------------
 
 
-def _spec(one: Cost, hardware: Hardware, dtype: str) -> tuple[Quantity, Quantity, Quantity]:
+def _spec(one: Cost, traffic: Traffic, hardware: Hardware, dtype: str) -> tuple[Quantity, Quantity, Quantity]:
     if dtype not in hardware.matmul_flops_per_s:
         known = ", ".join(hardware.matmul_flops_per_s)
         raise UnsupportedError(f"hardware '{hardware.name}' has no peak for {dtype}; it has {known}")
     matmul = one.matmul_flops / hardware.matmul_flops_per_s[dtype]
     vector = one.vector_flops / hardware.vector_flops_per_s[dtype]
-    return 0.0, np.maximum(matmul, vector), one.bytes_moved / spec_bandwidth(hardware, one.bytes_moved)
+    memory = traffic.streamed / spec_bandwidth(hardware, traffic.resident)
+    memory = memory + traffic.passed / spec_bandwidth(hardware, traffic.passed)
+    return 0.0, np.maximum(matmul, vector), memory
 
 
 def spec_bandwidth(hardware: Hardware, working_set: Quantity) -> Quantity:
@@ -137,7 +185,9 @@ def spec_bandwidth(hardware: Hardware, working_set: Quantity) -> Quantity:
 # --- calibrated ---------------------------------------------------------------------------------------------------
 
 
-def _calibrated(op: Op, one: Cost, hardware: Hardware, dtype: str) -> tuple[Quantity, Quantity, Quantity]:
+def _calibrated(
+    op: Op, one: Cost, traffic: Traffic, hardware: Hardware, dtype: str
+) -> tuple[Quantity, Quantity, Quantity]:
     fitted = hardware.about.get("dtype")
     if fitted != dtype:
         raise UnsupportedError(
@@ -146,25 +196,28 @@ def _calibrated(op: Op, one: Cost, hardware: Hardware, dtype: str) -> tuple[Quan
     kind = kind_of(op.name, op.sizes)
     if kind not in hardware.ops:
         raise UnsupportedError(f"the profile '{hardware.name}' lacks the op '{kind}'; run 'effref calibrate' again")
-    return parts_of_call(hardware.ops[kind], op.sizes, one)
+    return parts_of_call(hardware.ops[kind], op.sizes, one, traffic)
 
 
-def parts_of_call(model: OpModel, sizes: Mapping[str, Quantity], one: Cost) -> tuple[Quantity, Quantity, Quantity]:
+def parts_of_call(
+    model: OpModel, sizes: Mapping[str, Quantity], one: Cost, traffic: Traffic
+) -> tuple[Quantity, Quantity, Quantity]:
     """Overhead, compute and memory seconds of one call.
 
     compute = matmul_flops / (rate * prod n / (n + n_half)) + vector_flops / rate
-    memory  = bytes / bandwidth(working set)
+    memory  = streamed bytes / bandwidth(all that is streamed in a pass) + other bytes / bandwidth(other bytes)
     """
     slowdown: Quantity = 1.0
     for name, half in model.half.items():
         slowdown = slowdown * (1.0 + half / np.maximum(sizes[name], 1))
     compute = one.matmul_flops / model.matmul_flops_per_s * slowdown + one.vector_flops / model.vector_flops_per_s
-    return model.overhead_s, compute, one.bytes_moved / bandwidth(model, one.bytes_moved)
+    memory = traffic.streamed / bandwidth(model, traffic.resident) + traffic.passed / bandwidth(model, traffic.passed)
+    return model.overhead_s, compute, memory
 
 
-def seconds_of_call(model: OpModel, sizes: Mapping[str, Quantity], one: Cost) -> Quantity:
+def seconds_of_call(model: OpModel, sizes: Mapping[str, Quantity], one: Cost, traffic: Traffic) -> Quantity:
     """``overhead + max(compute, memory)``."""
-    overhead, compute, memory = parts_of_call(model, sizes, one)
+    overhead, compute, memory = parts_of_call(model, sizes, one, traffic)
     return overhead + np.maximum(compute, memory)
 
 

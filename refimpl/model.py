@@ -180,7 +180,7 @@ class Runner:
         ConfigError
             If the model cannot keep keys and values, or the method is unknown.
         """
-        self.config.check_cache(self.config.causal)
+        self.config.check_cache(causal=True)
         ready = self.prepare(method, params) if isinstance(method, str) else method
         return Cache(self.engine, ready.program().stored(), batch, capacity, self._dtype)
 
@@ -234,11 +234,15 @@ class Runner:
         cache: Cache,
         params: Mapping[str, Any] | None = None,
         *,
+        causal: bool | None = None,
         record: bool = True,
     ) -> Run:
         """Feed tokens one by one: ids (B, steps) -> logits (B, steps, V); seconds and calls of all steps together."""
         ready = self.prepare(method, params, ids) if isinstance(method, str) else method
-        runs = [self(ids[:, step : step + 1], ready, record=record, cache=cache) for step in range(ids.shape[1])]
+        runs = [
+            self(ids[:, step : step + 1], ready, causal=causal, record=record, cache=cache)
+            for step in range(ids.shape[1])
+        ]
         output = np.concatenate([run.output for run in runs], axis=1)  # (B, steps, V)
         return Run(output, sum(run.seconds for run in runs), [call for run in runs for call in run.calls])
 

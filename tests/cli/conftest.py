@@ -36,6 +36,9 @@ def effref() -> Callable[..., Result]:
     return run
 
 
+KINDS = [*FORMULAS, *(f"{op}, {few}" for op in FORMULAS for few in ("few rows", "few queries"))]
+
+
 def profile(**changes: Any) -> Hardware:
     op = OpModel(1e-6, 1e11, 1e10, {}, 1e10, 5e9, 1e6)
     given: dict[str, Any] = {
@@ -48,11 +51,11 @@ def profile(**changes: Any) -> Hardware:
         "matmul_flops_per_s": {"float32": 1e13},
         "vector_flops_per_s": {"float32": 1e12},
         "memory": (MemoryLevel("cache", 1e6, 1e11), MemoryLevel("memory", 1e9, 1e10)),
-        "ops": dict.fromkeys(FORMULAS, op),
-        "bands": {"total": Band(0.9, 1.2)} | {name: Band(0.8, 1.5) for name in FORMULAS},
+        "ops": dict.fromkeys(KINDS, op),
+        "bands": {"total": Band(0.9, 1.2)} | {name: Band(0.8, 1.5) for name in KINDS},
         "about": {
             "engine": "numpy", "threads": 1, "dtype": "float32", "passes": 3, "samples": 30, "global_efficiency": 2.0,
-            "residuals": {name: dict(RESIDUAL) for name in (*FORMULAS, "total")},
+            "residuals": {name: dict(RESIDUAL) for name in (*KINDS, "total")},
         },
     }  # fmt: skip
     return Hardware(**given | changes)

@@ -12,9 +12,8 @@ from refimpl.methods import CATALOG
 WIDTHS = {config.d_model for config in presets().values()}
 
 
-def _kinds(method: str, config, seq: int, params=None) -> set[str]:
-    cost = costmodel.estimate(method, config, Workload(seq), params)
-    return {kind_of(op.name, op.sizes) for op in cost.ops}
+def _kinds(method: str, config, work: Workload, params=None) -> set[str]:
+    return {kind_of(op.name, op.sizes) for op in costmodel.estimate(method, config, work, params).ops}
 
 
 def test_no_calibration_model_has_the_width_of_a_preset() -> None:
@@ -24,8 +23,18 @@ def test_no_calibration_model_has_the_width_of_a_preset() -> None:
 
 def test_every_op_of_every_preset_and_method_is_calibrated() -> None:
     calibrated = {
-        kind for cell in CELLS for name, params in cell.methods for kind in _kinds(name, cell.config, 32, params)
+        kind
+        for cell in CELLS
+        for name, params in cell.methods
+        for kind in _kinds(name, cell.config, cell.workload(), params)
     }
     for config in presets().values():
-        for method in CATALOG:
-            assert _kinds(method, config, 32) <= calibrated, (config.name, method)
+        for work in _workloads(config):
+            for method in CATALOG:
+                assert _kinds(method, config, work) <= calibrated, (config.name, method)
+
+
+def _workloads(config) -> list[Workload]:
+    """Long and short prefills, and decoding where the model can."""
+    prefills = [Workload(length, fills_cache=config.generates) for length in (4, 32)]
+    return [*prefills, Workload(phase="decode", kv_len=32)] if config.generates else prefills

@@ -24,7 +24,7 @@ def test_schema(effref) -> None:
     (result,) = found["results"]
     assert {
         "method", "params", "seq", "batch", "phase", "device", "engine", "components", "total", "params_bytes",
-        "cache_bytes", "peak_bytes", "speedup",
+        "cache_bytes", "cache_traffic", "peak_bytes", "speedup",
     } == set(result)  # fmt: skip
     assert result["params"]["group"] == 2
     assert {
@@ -32,6 +32,35 @@ def test_schema(effref) -> None:
         "predicted_high_s", "bound",
     } == set(result["total"]) == set(result["components"][0]) - {"component"}  # fmt: skip
     assert set(result["speedup"]) == {"dense", "flash"}
+
+
+def test_decoding_schema_and_cache(effref) -> None:
+    """SmolLM2 after 64 tokens: 30 layers x 2 x 192 wide keys and values, one position appended, 65 read."""
+    words = "estimate --phase decode --kv-len 64 --steps 1 --method dense,reuse --hardware xeon-8480 --format json"
+    found = json.loads(effref(words).stdout)
+    dense, reuse = found["results"]
+    assert (dense["seq"], dense["kv_len"], dense["steps"]) == (1, 64, 1)
+    assert dense["cache_bytes"] == 65 * 30 * 2 * 192 * 4
+    assert dense["cache_traffic"] == {"appended_bytes": 30 * 2 * 192 * 4, "read_bytes": 65 * 30 * 2 * 192 * 4}
+    assert dense["tokens_per_s"]["predicted"] == pytest.approx(1 / dense["total"]["predicted_s"])
+    assert reuse["cache_bytes"] == 65 * 30 * (192 + 96) * 4  # half of the layers keep no keys
+    assert found["config"]["kv_len"] == [64]
+
+
+def test_steps_of_decoding_add_up() -> None:
+    """Three steps in one pass are the passes of one step each, at growing caches."""
+    given = {"phase": "decode", "method": "dense", "hardware": "xeon-8480"}
+    (together,) = package.estimate(kv_len=10, steps=3, **given)["results"]
+    single = package.estimate(kv_len=(10, 11, 12), **given)["results"]
+    for name in ("matmul_flops", "vector_flops", "bytes_read", "bytes_written"):
+        assert together["total"][name] == sum(one["total"][name] for one in single)
+
+
+def test_weights_that_no_cache_holds_come_from_memory() -> None:
+    """SmolLM2's 538 MB at the DRAM bandwidth of the preset bound a step from below."""
+    hardware = presets()["xeon-8480"]
+    (found,) = package.estimate(phase="decode", kv_len=8, method="flash", hardware="xeon-8480", threads=56)["results"]
+    assert found["total"]["predicted_s"] > found["params_bytes"] / hardware.memory[-1].bandwidth_bytes_per_s
 
 
 def test_components_add_up(effref) -> None:
@@ -155,7 +184,15 @@ def test_profile_file(effref, tmp_path: Path) -> None:
         ("--set reuse.group=two", "whole number"),
         ("--set dense.x=1", "no parameters"),
         ("--method dense --set reuse.group=4", "not among the methods: dense"),
-        ("--phase decode", "unknown phase 'decode'"),
+        ("--phase decod", "did you mean 'decode'"),
+        ("--kv-len 64", "add --phase decode"),
+        ("--steps 2", "add --phase decode"),
+        ("--phase decode --seq 64", "--kv-len"),
+        ("--phase decode --kv-len 0", "length 0"),
+        ("--phase decode --steps 0", "--steps"),
+        ("--phase decode --model whisper", "not causal"),
+        ("--phase decode --model conformer-m --causal", "need all positions"),
+        ("--phase decode --model smollm2-135m --no-causal", "not causal"),
         ("--hardware h10-sxm", "did you mean 'h100-sxm'"),
         ("--hardware local", "run 'effref calibrate'"),
         ("--hardware nothing.json", "cannot read"),

@@ -42,6 +42,53 @@ def test_schema(effref, calibrated) -> None:
     assert found["context"]["threads"] == 1
 
 
+DECODE = [
+    *"measure --phase decode --kv-len 4,9 --model smollm2-135m --layers 2 --d-model 24 --heads 6 --kv-heads 3".split(),
+    *"--d-ff 20 --vocab 50 --engine numpy --threads 1 --repeats 2".split(),
+]  # fmt: skip
+
+
+def test_decoding(effref, calibrated) -> None:
+    """Steps after the cached positions: rates, cache, and the same logits from every exact method."""
+    found = in_json(effref(*DECODE, "--steps", "3", "--batch", "2", "--format", "json"))
+    assert [(one["method"], one["kv_len"]) for one in found["results"]] == [
+        (name, kv_len) for name in ("dense", "flash", "reuse") for kv_len in (4, 9)
+    ]
+    for one in found["results"]:
+        assert one["tokens_per_s"]["measured"] == pytest.approx(6 / one["total"]["measured_s"]["median"])
+        assert {"cache", "head"} <= {row["component"] for row in one["components"]}
+        assert one["fidelity"]["rel_l2"] < 1e-6 or one["method"] == "reuse"
+    text = effref(*DECODE, "--quiet").stdout
+    assert "S=4" in text
+    assert "measured tokens/s" in text
+
+
+def test_cache_is_not_grown_by_passes(effref, calibrated, monkeypatch) -> None:
+    """Every pass starts behind the same positions: the closed form holds for each of them."""
+    from effref.measurement import Bench
+
+    seen = []
+    original = Bench._pass
+
+    def noted(self, name, length, record):
+        run = original(self, name, length, record)
+        seen.append((self.caches[name].length, self.caches[name].capacity, length))
+        return run
+
+    monkeypatch.setattr(Bench, "_pass", noted)
+    assert effref(*DECODE).exit_code == 0
+    assert seen
+    assert all(held == capacity == length + 1 for held, capacity, length in seen)
+
+
+def test_prefill_of_a_language_model_fills_its_cache(effref, calibrated) -> None:
+    words = [word for word in DECODE if word not in ("--phase", "decode", "--kv-len", "4,9")]
+    found = in_json(effref(*words, "--seq", "7", "--method", "dense", "--format", "json"))
+    (one,) = found["results"]
+    assert one["cache_bytes"] == 7 * 2 * 2 * 12 * 4
+    assert next(row["calls"] for row in one["components"] if row["component"] == "cache") == 4
+
+
 def test_profile_is_made_once(effref, calibrated) -> None:
     for _ in range(2):
         assert effref(*MEASURE).exit_code == 0

@@ -12,7 +12,7 @@ from costmodel import estimate
 from costmodel.fit import HALVES, Pass, Sample, bare_roofline, fit
 from costmodel.hardware import Band, MemoryLevel, OpModel, load_hardware, presets
 from costmodel.ops import FORMULAS
-from costmodel.predict import predict, seconds_of_call, spec_bandwidth
+from costmodel.predict import Traffic, predict, seconds_of_call, spec_bandwidth
 from refimpl.config import ModelConfig, Workload, preset
 from refimpl.errors import ConfigError, UnsupportedError
 from refimpl.methods import CATALOG
@@ -44,7 +44,9 @@ def test_spec_time_is_the_roofline(name: str) -> None:
         one.matmul_flops / hardware.matmul_flops_per_s["float32"],
         one.vector_flops / hardware.vector_flops_per_s["float32"],
     )
-    memory = one.bytes_moved / float(spec_bandwidth(hardware, one.bytes_moved))
+    passed = one.bytes_moved - one.weight_bytes  # weights come from where the whole model fits
+    memory = one.weight_bytes / float(spec_bandwidth(hardware, cost.params_bytes))
+    memory += passed / float(spec_bandwidth(hardware, passed))
     assert float(seconds.seconds) == pytest.approx(6 * max(compute, memory))
     assert float(seconds.overhead) == 0.0
 
@@ -112,6 +114,11 @@ def _truth(op: str) -> OpModel:
     )
 
 
+def _true_seconds(cost: Any, op: Any) -> Any:
+    one = op.cost_of_one(4)
+    return seconds_of_call(_truth(op.name), op.sizes, one, Traffic.of(one, cost))
+
+
 def _passes(noise: float, seed: int = 0) -> list[Pass]:
     """Synthetic passes of a machine whose constants are known."""
     rng = np.random.default_rng(seed)
@@ -121,7 +128,7 @@ def _passes(noise: float, seed: int = 0) -> list[Pass]:
         for method in ("dense", "flash"):
             cost = estimate(method, config, Workload(seq))
             times = {
-                (op.name, *op.sizes.values()): float(seconds_of_call(_truth(op.name), op.sizes, op.cost_of_one(4)))
+                (op.name, *op.sizes.values()): float(_true_seconds(cost, op))
                 * float(np.exp(noise * rng.standard_normal()))
                 for op in cost.ops
             }
@@ -141,9 +148,7 @@ def test_fit_recovers_the_time_of_a_known_machine(noise: float, tolerance: float
         config = ModelConfig("other", "post-norm", 3, 384, 12, 1536, vocab=50)
         for method in ("dense", "flash"):
             cost = estimate(method, config, Workload(seq))
-            expected = sum(
-                float(seconds_of_call(_truth(op.name), op.sizes, op.cost_of_one(4))) * op.calls for op in cost.ops
-            )
+            expected = sum(float(_true_seconds(cost, op)) * op.calls for op in cost.ops)
             total = predict(cost, hardware).total
             assert float(total.seconds) == pytest.approx(expected, rel=tolerance)
             assert total.low <= total.seconds * 1.05
