@@ -21,9 +21,13 @@ from .request import resolve
 @options.hardware_option
 @options.output_options("table", "json", "csv", "md")
 @options.plot_option
+@click.option(
+    "--energy", is_flag=False, flag_value="int8-dram", metavar="[NAME]",
+    help="Also joules, from published figures: int8-dram, int8-dram-high, int8-sram, fp16-dram or fp32-dram.",
+)
 def command(
     baseline: str | None, hardware: str | None, form: str | None, path: Path | None, plot: Path | None, quiet: bool,
-    **given: Any,
+    energy: str | None, **given: Any,
 ) -> None:  # fmt: skip
     """Predict FLOPs, bytes and seconds, component by component; no kernel is run.
 
@@ -31,6 +35,7 @@ def command(
     Examples:
       effref estimate
       effref estimate --seq 4096 --method reuse --set reuse.group=3
+      effref estimate --model emformer-rnnt-base --method folding --phase decode --energy
       effref estimate --model bert-base --seq 2^9:2^14 --hardware h100-sxm --format csv
     """
     target = Target.of(form, path, plot)
@@ -38,7 +43,7 @@ def command(
     named = machines.find(hardware)
     given["device"] = given["device"] or default_device(named, given["engine"])
     request = resolve(**options.request_options(given))
-    document = estimated(request, named or hardware, progress)
+    document = estimated(request, named or hardware, progress, energy)
     if target.needs_context:
         from .context import context
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from costmodel.energy import energy as energy_of
+from costmodel.energy import energy_model
 from costmodel.hardware import Hardware
 from costmodel.predict import predict
 from refimpl.config import ModelConfig
@@ -32,6 +35,7 @@ def estimate(
     device: str | None = None,
     engine: str | None = None,
     threads: int | None = None,
+    energy: str | None = None,
 ) -> dict[str, Any]:
     """FLOPs, bytes, memory and seconds in closed form.
 
@@ -54,6 +58,9 @@ def estimate(
         In phase "decode": positions in the cache (default 256 and 1024), and tokens of one pass (default 1).
     device, engine, threads
         Which profile of this machine to take.
+    energy : str, optional
+        Name of an energy model (`costmodel.energy.energy_models`): adds joules, and watts where the input has a
+        duration.
 
     Returns
     -------
@@ -79,7 +86,8 @@ def estimate(
         model, seq, method, params, overrides=overrides, batch=batch, dtype=dtype, phase=phase, kv_len=kv_len,
         steps=steps, causal=causal, device=device or default_device(named, engine), engine=engine, threads=threads,
     )  # fmt: skip
-    return {**estimated(request, named or hardware, Progress()), "context": context(request.threads)}
+    document = estimated(request, named or hardware, Progress(), energy)
+    return {**document, "context": context(request.threads)}
 
 
 def default_device(named: Hardware | None, engine: str | None) -> str | None:
@@ -87,8 +95,11 @@ def default_device(named: Hardware | None, engine: str | None) -> str | None:
     return named.kind if named and engine is None else None
 
 
-def estimated(request: Request, hardware: str | Hardware | None, progress: Progress) -> dict[str, Any]:
+def estimated(
+    request: Request, hardware: str | Hardware | None, progress: Progress, energy: str | None = None
+) -> dict[str, Any]:
     """The result without its context."""
+    joules = energy_model(energy) if energy else None
     machine = machines.choose(hardware, request.engine, request.threads, request.dtype, progress)
     found = []
     for length in request.lengths:
@@ -97,5 +108,8 @@ def estimated(request: Request, hardware: str | Hardware | None, progress: Progr
         for name in request.methods:
             result = results.entry(request, name, predictions[name])
             result["speedup"] = results.speedups(seconds, {}, name)
+            if joules:
+                results.add_energy(result, {other: energy_of(p.estimate, joules) for other, p in predictions.items()})
             found.append(result)
-    return results.document(request, machine, found, progress.notes)
+    document = results.document(request, machine, found, progress.notes)
+    return {**document, "energy_model": asdict(joules)} if joules else document

@@ -334,7 +334,8 @@ class Bench:
             return self.runner(inputs, ready, causal=self.request.causal, record=record)
         if self.request.decodes:
             cache.truncate(length)
-            return self.runner.decode(inputs[:, length:], ready, cache, causal=self.request.causal, record=record)
+            _, new = self._split(inputs, length)
+            return self.runner.decode(new, ready, cache, causal=self.request.causal, record=record)
         cache.truncate(0)
         return self.runner(inputs, ready, causal=self.request.causal, record=record, cache=cache)
 
@@ -349,8 +350,15 @@ class Bench:
             self.caches[name] = cache
             if self.request.decodes:
                 self.progress.advance(f"{self._place(length)}, filling the cache of {name}", 0.0)
-                inputs = self.inputs[length].array[:, :length]
-                self.runner(inputs, self.ready[name], causal=self.request.causal, record=False, cache=cache)
+                past, _ = self._split(self.inputs[length].array, length)
+                self.runner(past, self.ready[name], causal=self.request.causal, record=False, cache=cache)
+
+    def _split(self, inputs: Any, length: int) -> tuple[Any, Any]:
+        """The inputs of the cached positions and of the new ones; both have the right context of a streaming model."""
+        config = self.request.config
+        if not config.streams:
+            return inputs[:, :length], inputs[:, length:]
+        return inputs[:, : config.stem_length(length)], inputs[:, length * config.reduction :]
 
     def _place(self, length: int) -> str:
         return f"{'S' if self.request.decodes else 'T'}={length}"
@@ -388,7 +396,8 @@ class Bench:
 
     def _compared(self, length: int) -> int:
         """Positions of an output that are no padding."""
-        return self.request.steps if self.request.decodes else self.inputs[length].valid_positions
+        request = self.request
+        return request.steps * request.step_positions if request.decodes else self.inputs[length].valid_positions
 
     def results(self) -> list[dict[str, Any]]:
         """One entry per named method and length that has passes of both kinds."""

@@ -39,7 +39,7 @@ class Request:
     params : dict
         Method -> its parameters as given.
     steps : int
-        Tokens of a decoding pass, one after the other.
+        Tokens of a decoding pass, one after the other; chunks of a streaming model.
     """
 
     model: str | Path | ModelConfig
@@ -74,13 +74,19 @@ class Request:
     def workload(self, length: int) -> Workload:
         """What a pass does at a length; the prefill of a language model fills its cache."""
         if self.decodes:
-            return Workload(1, self.batch, self.phase, self.causal, self.dtype, kv_len=length, steps=self.steps)
+            new = self.step_positions
+            return Workload(new, self.batch, self.phase, self.causal, self.dtype, kv_len=length, steps=self.steps)
         fills = self.config.generates and self.causal is not False
         return Workload(length, self.batch, self.phase, self.causal, self.dtype, fills_cache=fills)
 
+    @property
+    def step_positions(self) -> int:
+        """New positions of a decoding step: a token, or a chunk of a streaming model."""
+        return self.config.chunk or 1
+
     def positions(self, length: int) -> int:
         """Positions that a sequence has at the end of a pass."""
-        return length + self.steps if self.decodes else length
+        return length + self.steps * self.step_positions if self.decodes else length
 
     def estimate(self, method: str, length: int, parameters: Any = None) -> Estimate:
         """What a method costs at a length, under these parameters instead of the given ones."""
@@ -90,7 +96,7 @@ class Request:
         """Every resolved input, for the ``config`` of a result."""
         return {
             "model": asdict(self.config),
-            "seq": [1] if self.decodes else list(self.lengths),
+            "seq": [self.step_positions] if self.decodes else list(self.lengths),
             **({"kv_len": list(self.lengths), "steps": self.steps} if self.decodes else {}),
             "method": list(self.methods),
             "params": {name: asdict(self.estimate(name, self.lengths[0]).parameters) for name in self.methods},
@@ -137,7 +143,7 @@ def resolve(
     request = Request(
         model=changed if changed is not config else (model or config.name),
         config=changed,
-        lengths=_lengths(phase, seq, kv_len, steps),
+        lengths=_lengths(phase, seq, kv_len, steps, changed),
         methods=methods,
         params=check_params(params or {}, methods),
         batch=batch,
@@ -167,19 +173,26 @@ def _methods(given: str | Sequence[str]) -> tuple[str, ...]:
 def _default_model(methods: tuple[str, ...], phase: str) -> str:
     """The example model of the first method that is not a baseline; one that can decode where that is asked for."""
     model = CATALOG[next((name for name in methods if name not in BASELINES), methods[0])].model
-    return DECODER if phase == "decode" and not preset(model).generates else model
+    decodes = preset(model).generates or preset(model).streams
+    return DECODER if phase == "decode" and not decodes else model
 
 
 def _lengths(
-    phase: str, seq: int | Sequence[int] | None, kv_len: int | Sequence[int] | None, steps: int | None
+    phase: str,
+    seq: int | Sequence[int] | None,
+    kv_len: int | Sequence[int] | None,
+    steps: int | None,
+    config: ModelConfig,
 ) -> tuple[int, ...]:
     """The lengths of a prefill, or those of the cache in decoding; the options of the other phase are refused."""
     if phase not in PHASES:
         raise unknown("phase", phase, PHASES)
     if phase == "decode":
         if seq is not None:
-            raise ConfigError("decoding takes one token a step: give --kv-len for the cached positions, not --seq")
-        return _rising("kv_len", KV_LENGTHS if kv_len is None else kv_len)
+            step = f"a chunk of {config.chunk} positions" if config.streams else "one token"
+            raise ConfigError(f"decoding takes {step} a step: give --kv-len for the cached positions, not --seq")
+        own = (config.left_context,) if config.streams else KV_LENGTHS
+        return _rising("kv_len", own if kv_len is None else kv_len)
     if kv_len is not None or steps is not None:
         raise ConfigError("--kv-len and --steps belong to decoding: add --phase decode, or give --seq")
     return _rising("seq", LENGTHS if seq is None else seq)

@@ -29,7 +29,12 @@ RATES = (1_000, 768_000)  # Hz, of recordings that are read
 HOP = 160  # samples from one frame to the next
 WINDOW = 400  # samples of a frame
 MELS = 80
-SAMPLES = {"speech": "speech.wav", "paragraph": "paragraph.txt"}  # name -> file in refimpl/data
+SAMPLES = {  # name -> file in refimpl/data
+    "speech": "speech.wav",
+    "paragraph": "paragraph.txt",
+    "moby-dick": "moby-dick.txt",
+    "union": "union.txt",
+}
 SUFFIXES = {".wav": "frames", ".txt": "tokens"}  # what a file holds; .npy holds what the model takes
 _POSITION_TABLES = ("learned", "sinusoidal")
 
@@ -56,7 +61,10 @@ class Inputs:
 
 
 def sample(name: str) -> Path:
-    """The path of an input that comes with effref: "speech" (a recording) or "paragraph" (English text)."""
+    """The path of an input that comes with effref: "speech", a recording; "paragraph", "moby-dick" or "union", English.
+
+    Their sizes and sources are in ``refimpl/data/README.md``.
+    """
     if name not in SAMPLES:
         raise unknown("sample", name, SAMPLES)
     return Path(str(resources.files("refimpl").joinpath("data", SAMPLES[name])))
@@ -83,16 +91,22 @@ def load_input(model: Model, path: str | Path, seq: int | None = None) -> Inputs
     InputError
         If the file is of the wrong kind, empty or damaged, or `seq` does not suit the model.
     """
-    path, config = Path(path), model.config
+    path = Path(path)
+    suffix = check_file(model.config, path)
+    _check_seq(model, seq)
+    return {".wav": _recording, ".txt": _text, ".npy": _array}[suffix](model, path, seq)
+
+
+def check_file(config: ModelConfig, path: Path) -> str:
+    """The suffix of a file that a model can read; InputError where it is absent or holds something else."""
     suffix = path.suffix.lower()
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     if suffix not in (*SUFFIXES, ".npy"):
         raise InputError(f"{path}: cannot tell what it holds; allowed are .txt, .wav and .npy")
-    if SUFFIXES.get(suffix, config.stem) != config.stem:
-        raise InputError(f"{path} holds {SUFFIXES[suffix]}, but {config.name} reads {config.stem}")
-    _check_seq(model, seq)
-    return {".wav": _recording, ".txt": _text, ".npy": _array}[suffix](model, path, seq)
+    if SUFFIXES.get(suffix, config.reads) != config.reads:
+        raise InputError(f"{path} holds {SUFFIXES[suffix]}, but {config.name} reads {config.reads}")
+    return suffix
 
 
 def random_inputs(config: ModelConfig, seq: int, batch: int = 1, seed: int = 0, dtype: str = "float32") -> np.ndarray:
@@ -110,7 +124,8 @@ def random_inputs(config: ModelConfig, seq: int, batch: int = 1, seed: int = 0, 
     Returns
     -------
     array
-        Uniform ids (B, T) int64; or normal frames (B, T * prod(strides), features) or patches (B, T - 1, features).
+        Uniform ids (B, T) int64; or normal frames (B, T * prod(strides), features), of a streaming model with those of
+        the right context, or patches (B, T - 1, features).
     """
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
@@ -174,13 +189,17 @@ def _encode(model: Model, text: str) -> tuple[list[int], list[int], list[int]]:
     return whole[:start], body, whole[start + len(body) :]
 
 
-def _text(model: Model, path: Path, seq: int | None) -> Inputs:
+def read_text(path: Path) -> str:
+    """The text of a file; InputError where it is not UTF-8."""
     try:
-        text = path.read_text("utf-8-sig")
+        return path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def _text(model: Model, path: Path, seq: int | None) -> Inputs:
     notes: list[str] = []
-    ids = text_ids(model, text, seq, notes)
+    ids = text_ids(model, read_text(path), seq, notes)
     return Inputs(ids, "tokens", tuple(notes), ids.shape[1])
 
 
@@ -303,9 +322,9 @@ def _recording(model: Model, path: Path, seq: int | None) -> Inputs:
         raise InputError(f"{config.name} reads {config.features} features a frame; recordings give {MELS}")
     notes: list[str] = []
     samples, _ = read_wav(path, notes)
-    per_position = HOP * config.stem_length(1)  # samples
+    per_position = HOP * config.reduction  # samples
     own = -(-len(samples) // per_position)
-    positions = seq or _limit(model) or max(own, 2)
+    positions = seq or _limit(model) or max(own, 2, config.chunk)
     frames = config.stem_length(positions)
     if len(samples) > frames * HOP:
         notes.append(
@@ -362,15 +381,16 @@ def _array(model: Model, path: Path, seq: int | None) -> Inputs:
     array = _read_npy(path)
     notes: list[str] = []
     array = _ids(model, path, array) if model.config.stem == "tokens" else _features(model, path, array)
-    length = model.config.stem_length(seq) if seq else array.shape[1]
+    whole = array.shape[1] - array.shape[1] % (model.config.stack or 1)  # rows that fill positions
+    length = model.config.stem_length(seq) if seq else whole
     if array.shape[1] < length:
         raise InputError(f"{path} has {array.shape[1]} rows; seq={seq} needs {length}")
     if array.shape[1] > length:
         notes.append(f"{path} has {array.shape[1]} rows; the first {length} are used")
     array = np.ascontiguousarray(array[:, :length])
-    positions = _positions(model.config, array.shape[1])
+    positions = model.config.positions(array.shape[1])
     _check_seq(model, positions)
-    return Inputs(array, model.config.stem, tuple(notes), positions)
+    return Inputs(array, model.config.reads, tuple(notes), positions)
 
 
 def _read_npy(path: Path) -> np.ndarray:
@@ -406,15 +426,6 @@ def _features(model: Model, path: Path, array: np.ndarray) -> np.ndarray:
 # --- lengths --------------------------------------------------------------------------------------------------------
 
 
-def _positions(config: ModelConfig, rows: int) -> int:
-    """Positions that leave the stem when `rows` enter."""
-    if config.stem == "patches":
-        return rows + 1
-    for stride in config.strides:
-        rows = -(-rows // stride)
-    return rows
-
-
 def _limit(model: Model) -> int:
     """Positions at most; 0 for no limit."""
     if model.config.position in _POSITION_TABLES:
@@ -424,6 +435,8 @@ def _limit(model: Model) -> int:
 
 
 def _check_seq(model: Model, seq: int | None) -> None:
+    if seq is not None and model.config.streams:
+        model.config.check_chunks(seq)
     if seq is not None and seq < 1:
         raise InputError(f"seq is {seq}; it must be at least 1")
     if seq and model.config.position in _POSITION_TABLES and seq > _limit(model):

@@ -43,7 +43,7 @@ def test_cost_model_imports_only_words_of_the_reference_implementation() -> None
 
 @pytest.mark.parametrize("statement", ["import refimpl", "import costmodel", "import effref"])
 def test_import_loads_numpy_only(statement: str) -> None:
-    heavy = ["numba", "cupy", "scipy", "sympy", "matplotlib", "torch", "tokenizers", "safetensors"]
+    heavy = ["numba", "cupy", "scipy", "sympy", "matplotlib", "torch", "tokenizers", "safetensors", "gguf"]
     check = f"{statement}; import sys; print([m for m in {heavy!r} if m in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"

@@ -34,7 +34,7 @@ class Model:
     pretrained : bool
         False for random weights.
     assets : Path or None
-        Folder that holds ``tokenizer.json`` and the like.
+        Folder that holds ``tokenizer.json`` and the like, or a GGUF file.
     """
 
     config: ModelConfig
@@ -151,6 +151,8 @@ class _Location:
         path = Path(os.path.expanduser(given))  # unlike the methods of Path, these never raise
         if name and os.path.isdir(path):
             return _checkpoint(path)
+        if os.path.isfile(path) and path.suffix == ".gguf":
+            raise ConfigError(f"{path} is a file: give the folder that holds it")
         if os.path.isfile(path):
             absent = f"{path} holds a shape only: give the folder that holds the weights"
             return _Location(config_from_huggingface(path), absent=absent)
@@ -235,9 +237,13 @@ def _cast_one(name: str, values: np.ndarray, dtype: str) -> np.ndarray:
 def _tokenizer(model: Model) -> Any:
     if model.config.stem != "tokens":
         raise InputError(f"{model.config.name} reads {model.config.stem}, not text: it has no tokenizer")
-    path = model.assets / "tokenizer.json" if model.assets else None
-    if path is None or not path.is_file():
+    path = _tokenizer_file(model.assets) if model.assets else None
+    if path is None:
         raise InputError(f"{model.config.name} has no tokenizer.json here: {_how_to_get_tokenizer(model)}")
+    if path.suffix == ".gguf":
+        from refimpl.weights import gguf_reader
+
+        return gguf_reader.tokenizer(gguf_reader.GGUFFile(path))
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
@@ -249,6 +255,14 @@ def _tokenizer(model: Model) -> Any:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _tokenizer_file(folder: Path) -> Path | None:
+    """``tokenizer.json``, or the GGUF file, which holds a tokenizer too."""
+    from refimpl.weights import readers
+
+    path = folder / "tokenizer.json"
+    return path if path.is_file() else readers.gguf_file(folder)
 
 
 def _how_to_get_tokenizer(model: Model) -> str:

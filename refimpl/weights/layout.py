@@ -33,6 +33,9 @@ def shapes(config: ModelConfig, positions: int = 0) -> dict[str, Shape]:
         table.update({f"layers.{index}.{name}": shape for name, shape in layer_shapes(config).items()})
     if config.final_norm:
         table.update(_norm("final_norm", config.d_model, config.norm == "layer"))
+    if config.d_out:
+        table.update(_linear("output", config.d_out, config.d_model, True))
+        table.update(_norm("output_norm", config.d_out, config.norm == "layer"))
     return table
 
 
@@ -59,6 +62,7 @@ def layer_shapes(config: ModelConfig) -> dict[str, Shape]:
         for name in ("mean", "variance", "weight", "bias"):
             table[f"convolution.batch_norm.{name}"] = (d,)
         table.update(_linear("convolution.contract", d, d, config.bias))
+    if config.recipe in ("conformer", "emformer"):
         table.update(_norm("final_norm", d, shifted))
     return table
 
@@ -78,6 +82,8 @@ def _stem(config: ModelConfig, positions: int) -> Iterator[tuple[str, Shape]]:
         for index, d_in in enumerate(widths[:-1]):
             yield f"stem.convolutions.{index}.weight", (d, CONV_KERNEL, d_in)
             yield f"stem.convolutions.{index}.bias", (d,)
+    elif config.stem == "stacked":
+        yield from _linear("stem.frames", d // config.stack, config.features, False)
     else:
         yield from _linear("stem.patches", d, config.features, True)
         yield "stem.class_token", (1, d)

@@ -1,4 +1,4 @@
-"""Checkpoint folders to canonical tensors: safetensors with Hugging Face names, and CTranslate2's Whisper.
+"""Checkpoint folders to canonical tensors: safetensors with Hugging Face names, GGUF, and CTranslate2's Whisper.
 
 A family of checkpoints is one declarative table, canonical name -> stored name. Three stored matrices become one where
 query, key and value are kept apart. Of encoder-decoder models the encoder is read; their decoders are left out.
@@ -19,6 +19,8 @@ import numpy as np
 
 from refimpl.config import ModelConfig, config_from_huggingface
 from refimpl.errors import MissingDependencyError, WeightsError
+from refimpl.weights import gguf_reader
+from refimpl.weights.cursor import Cursor
 from refimpl.weights.layout import Shape, shapes
 
 INDEX = "model.safetensors.index.json"  # of a checkpoint in several files
@@ -51,6 +53,8 @@ class Family:
         Regular expression of stored biases that are left out of the file because they are zero.
     fields : dict
         Fields of ``config.json`` with the only value that effref implements.
+    head : str
+        Stored name (prefix included) of the language head; read only where it is tied to the embedding.
     """
 
     model: dict[str, Stored]
@@ -61,6 +65,7 @@ class Family:
     transposed: str = "$^"
     zero_bias: str = "$^"
     fields: dict[str, Any] = field(default_factory=dict)
+    head: str = "lm_head.weight"
 
 
 BERT = Family(
@@ -157,12 +162,47 @@ WHISPER_CTRANSLATE2 = Family(
     ignored=r"decoder\..*|num_heads|pre_norm|activation|scale_embeddings",
 )
 
+LLAMA_GGUF = Family(
+    model={"stem.embedding": "token_embd.weight", "final_norm": "output_norm"},
+    layer_prefix="blk.{}.",
+    layer={
+        "attention.qkv": ("attn_q", "attn_k", "attn_v"),
+        "attention.output": "attn_output",
+        "attention_norm": "attn_norm",
+        "feed_forward.up": ("ffn_gate", "ffn_up"),
+        "feed_forward.down": "ffn_down",
+        "feed_forward_norm": "ffn_norm",
+    },
+    ignored=r"output\.weight",
+    head="output.weight",
+)
+
+GPT2_GGUF = Family(
+    model={
+        "stem.embedding": "token_embd.weight",
+        "stem.positions": "position_embd.weight",
+        "final_norm": "output_norm",
+    },
+    layer_prefix="blk.{}.",
+    layer={
+        "attention.qkv": "attn_qkv",
+        "attention.output": "attn_output",
+        "attention_norm": "attn_norm",
+        "feed_forward.up": "ffn_up",
+        "feed_forward.down": "ffn_down",
+        "feed_forward_norm": "ffn_norm",
+    },
+    ignored=r"output\.weight",
+    head="output.weight",
+)
+
 FAMILIES: dict[str, Family] = {
     "bert": BERT,
     "whisper": WHISPER,
     "llama": LLAMA,
     "gpt2": GPT2,
 }  # by model_type
+GGUF_FAMILIES: dict[str, Family] = {"llama": LLAMA_GGUF, "gpt2": GPT2_GGUF}  # by general.architecture
 
 _OLD_LEAVES = {"gamma": "weight", "beta": "bias"}
 
@@ -194,10 +234,12 @@ def config_of(folder: Path) -> ModelConfig:
     ConfigError
         If ``config.json`` is missing, damaged or of another kind of model.
     WeightsError
-        If the folder holds a CTranslate2 file that is truncated or is not Whisper's.
+        If the folder holds a CTranslate2 or GGUF file that is truncated, damaged or of another kind of model.
     """
     if (folder / CTRANSLATE2).is_file():
         return _ctranslate2_config(CTranslate2File(folder / CTRANSLATE2), folder.name)
+    if path := gguf_file(folder):
+        return gguf_reader.config_of(gguf_reader.GGUFFile(path), folder.name)
     return config_from_huggingface(folder / "config.json")
 
 
@@ -207,7 +249,8 @@ def read_checkpoint(folder: Path, config: ModelConfig) -> Checkpoint:
     Parameters
     ----------
     folder : Path
-        Holds ``model.safetensors`` (or its index and parts) with ``config.json``, or CTranslate2's ``model.bin``.
+        Holds ``model.safetensors`` (or its index and parts) with ``config.json``, CTranslate2's ``model.bin``, or one
+        ``.gguf`` file.
     config : ModelConfig
         The shape that the tensors must have.
 
@@ -220,20 +263,43 @@ def read_checkpoint(folder: Path, config: ModelConfig) -> Checkpoint:
     WeightsError
         If there are no weights, or they are truncated, of another shape or of another model.
     MissingDependencyError
-        If safetensors is needed and not installed.
+        If safetensors or gguf is needed and not installed.
+
+    Notes
+    -----
+    Of a Llama, GGUF keeps the rows of query and key in the order that pairs adjacent channels in rotary positions.
+    The rows stay as they are and the configuration says so (`rope_interleaved`): nothing is reordered, and a tensor
+    equals what the file holds.
     """
     if (folder / CTRANSLATE2).is_file():
         file = CTranslate2File(folder / CTRANSLATE2)
         _ctranslate2_config(file, folder.name)  # refuses other models
         return Checkpoint(_canonical(WHISPER_CTRANSLATE2, config, file))
+    if path := gguf_file(folder):
+        gguf = gguf_reader.GGUFFile(path)
+        own = gguf_reader.config_of(gguf, folder.name)  # refuses other models
+        changes = {"rope_interleaved": own.rope_interleaved}
+        return _with_tied_head(GGUF_FAMILIES[gguf.architecture], config, gguf, changes)
     given = _config_json(folder)
     family = FAMILIES[given["model_type"]]
     _refuse_other_fields(folder, family, given)
-    store = SafetensorsFiles(folder)
-    tensors = _canonical(family, config, store)
-    if config.head and _has_own_head(store, tensors["stem.embedding"]):
-        return Checkpoint(tensors, {"head": False}, ", without its language head, which is not tied to the embedding")
-    return Checkpoint(tensors)
+    return _with_tied_head(family, config, SafetensorsFiles(folder), {})
+
+
+def gguf_file(folder: Path) -> Path | None:
+    """The GGUF file of a folder that holds no safetensors.
+
+    Raises
+    ------
+    WeightsError
+        If there are several.
+    """
+    if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
+        return None
+    found = sorted(path for path in folder.glob("*.gguf") if path.is_file())
+    if len(found) > 1:
+        raise WeightsError(f"{folder} holds {', '.join(path.name for path in found)}: keep one .gguf file in a folder")
+    return found[0] if found else None
 
 
 # --- from stored to canonical names ---------------------------------------------------------------------------------
@@ -311,9 +377,15 @@ def _fitting(where: Path, names: tuple[str, ...], parts: list[np.ndarray], shape
     return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
 
-def _has_own_head(store: Store, embedding: np.ndarray) -> bool:
-    """Whether the file has a language head that differs from the embedding table."""
-    return "lm_head.weight" in store.names() and not np.array_equal(store.read("lm_head.weight"), embedding)
+def _with_tied_head(family: Family, config: ModelConfig, store: Store, changes: dict[str, Any]) -> Checkpoint:
+    """The weights; a language head that differs from the embedding table is left out, and that is said."""
+    tensors = _canonical(family, config, store)
+    if not config.head or family.head not in store.names():
+        return Checkpoint(tensors, changes)
+    if np.array_equal(store.read(family.head), tensors["stem.embedding"]):
+        return Checkpoint(tensors, changes)
+    note = ", without its language head, which is not tied to the embedding"
+    return Checkpoint(tensors, {**changes, "head": False}, note)
 
 
 # --- config.json ----------------------------------------------------------------------------------------------------
@@ -366,7 +438,7 @@ def _parts(folder: Path) -> list[Path]:
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise WeightsError(f"{folder / INDEX} is damaged ({error})") from error
     if not (folder / SINGLE).is_file():
-        raise WeightsError(f"{folder} holds neither {SINGLE} nor {CTRANSLATE2}; pickled weights are not read")
+        raise WeightsError(f"{folder} holds no {SINGLE}, {CTRANSLATE2} or .gguf file; pickled weights are not read")
     return [folder / SINGLE]
 
 
@@ -412,50 +484,23 @@ class _Variable:
     data: memoryview
 
 
-class _Cursor:
-    """Reads little-endian values one after the other, never past the end."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.left = np.memmap(path, np.uint8, "r").data if path.stat().st_size else memoryview(b"")
-
-    def take(self, size: int) -> memoryview:
-        if size > len(self.left):
-            raise WeightsError(
-                f"{self.path} is truncated: {size - len(self.left)} bytes are missing; download it again"
-            )
-        taken, self.left = self.left[:size], self.left[size:]
-        return taken
-
-    def unpack(self, layout: str) -> Any:
-        values = struct.unpack(f"<{layout}", self.take(struct.calcsize(f"<{layout}")))
-        return values[0] if len(values) == 1 else values
-
-    def text(self) -> str:
-        """A string: length with the closing zero byte, then the bytes."""
-        value = bytes(self.take(self.unpack("H"))).rstrip(b"\0").decode("ascii", "replace")
-        if not (value.isascii() and value.isprintable()):
-            raise WeightsError(f"{self.path} is damaged: a name in it is not text")
-        return value
-
-
 class CTranslate2File:
     """The variables of a CTranslate2 ``model.bin`` of a Whisper model."""
 
     def __init__(self, path: Path) -> None:
         self.where = path
-        cursor = _Cursor(path)
+        cursor = Cursor(path)
         version = cursor.unpack("I")
-        spec = cursor.text() if version == _CT2_VERSION else ""
+        spec = _text(cursor) if version == _CT2_VERSION else ""
         if spec != _CT2_SPEC:
             raise WeightsError(
                 f"{path} is not a CTranslate2 file of version {_CT2_VERSION} with a {_CT2_SPEC} "
                 f"(version {version}, '{spec[:40]}'): effref reads no other"
             )
         _revision, count = cursor.unpack("II")
-        self._variables = {cursor.text(): _variable(cursor) for _ in range(count)}
+        self._variables = {_text(cursor): _variable(cursor) for _ in range(count)}
         for _ in range(cursor.unpack("I")):
-            cursor.text(), cursor.text()  # aliases: of decoder weights only
+            _text(cursor), _text(cursor)  # aliases: of decoder weights only
 
     def names(self) -> Iterable[str]:
         """Names as stored."""
@@ -483,7 +528,15 @@ class CTranslate2File:
         return self._variables[name]
 
 
-def _variable(cursor: _Cursor) -> _Variable:
+def _text(cursor: Cursor) -> str:
+    """A string: length with the closing zero byte, then the bytes."""
+    value = bytes(cursor.take(cursor.unpack("H"))).rstrip(b"\0").decode("ascii", "replace")
+    if not (value.isascii() and value.isprintable()):
+        raise WeightsError(f"{cursor.path} is damaged: a name in it is not text")
+    return value
+
+
+def _variable(cursor: Cursor) -> _Variable:
     rank = cursor.unpack("B")
     shape = struct.unpack(f"<{rank}I", cursor.take(4 * rank))
     kind, size = cursor.unpack("BI")

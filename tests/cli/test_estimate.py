@@ -24,7 +24,7 @@ def test_schema(effref) -> None:
     (result,) = found["results"]
     assert {
         "method", "params", "seq", "batch", "phase", "device", "engine", "components", "total", "params_bytes",
-        "cache_bytes", "cache_traffic", "peak_bytes", "speedup",
+        "companion_bytes", "params_reduction", "cache_bytes", "cache_traffic", "peak_bytes", "speedup",
     } == set(result)  # fmt: skip
     assert result["params"]["group"] == 2
     assert {
@@ -61,6 +61,22 @@ def test_weights_that_no_cache_holds_come_from_memory() -> None:
     hardware = presets()["xeon-8480"]
     (found,) = package.estimate(phase="decode", kv_len=8, method="flash", hardware="xeon-8480", threads=56)["results"]
     assert found["total"]["predicted_s"] > found["params_bytes"] / hardware.memory[-1].bandwidth_bytes_per_s
+
+
+def test_energy(effref) -> None:
+    """Joules per component, power at the rate of the input, and the saving against both baselines."""
+    words = "estimate --model emformer-rnnt-base --phase decode --method flash --hardware xeon-8480"
+    (found,) = json.loads(effref(*words.split(), "--energy", "--format", "json").stdout)["results"]
+    parts = found["energy"]["components"]
+    assert sum(part["total_j"] for part in parts) == pytest.approx(found["energy"]["total_j"])
+    assert found["energy"]["power_w"] == pytest.approx(found["energy"]["total_j"] / 0.16)
+    assert {row["component"]: row["energy_j"] for row in found["components"]}.keys() < {p["component"] for p in parts}
+    assert found["energy"]["saving"]["flash"] == 0
+    text = effref(*words.split(), "--energy", "fp32-dram").stdout
+    assert "4 bytes an element" in text
+    assert "at the rate of the input" in text
+    assert "energy" not in effref(*words.split()).stdout
+    assert "did you mean 'int8-dram'" in error_of(effref(*words.split(), "--energy", "int8dram"))
 
 
 def test_components_add_up(effref) -> None:

@@ -7,11 +7,12 @@ import math
 import numpy as np
 import pytest
 from hypothesis import given
-from strategies import configs
+from hypothesis import strategies as st
+from strategies import RECIPES, configs
 
 from refimpl.config import ModelConfig, preset, presets
 from refimpl.errors import WeightsError
-from refimpl.weights.layout import assemble, shapes
+from refimpl.weights.layout import assemble, layer_shapes, shapes
 from refimpl.weights.random import random_weights
 
 SMALL = ModelConfig("small", "pre-norm", 2, 8, 2, 16, vocab=10, position="learned", max_positions=6)
@@ -22,6 +23,7 @@ PARAMETERS = {
     "whisper-tiny-en": 8_209_920 - 3,  # the encoder's floats, less three one-element settings
     "smollm2-135m": 134_515_008,  # the file's floats
     "gpt2": 124_439_808,  # the model card's 124 M
+    "emformer-rnnt-base": 63_605_760,  # transcriber of torchaudio.models.emformer_rnnt_base, any number of symbols
 }
 
 
@@ -29,6 +31,11 @@ PARAMETERS = {
 def test_shapes_count_published_parameters(name: str) -> None:
     count = sum(math.prod(shape) for shape in shapes(preset(name)).values())
     assert count == pytest.approx(PARAMETERS[name], abs=3)
+
+
+def test_an_emformer_layer_has_the_parameters_of_torchaudios() -> None:
+    """Attention 1,050,624, feed-forward 2,099,712 and three norms of 1,024."""
+    assert sum(math.prod(shape) for shape in layer_shapes(preset("emformer-rnnt-base")).values()) == 3_153_408
 
 
 @pytest.mark.parametrize("name", presets())
@@ -45,7 +52,7 @@ def test_shapes_follow_the_positions_asked_for() -> None:
     assert shapes(SMALL, positions=99)["stem.positions"] == (99, 8)
 
 
-@given(configs())
+@given(st.sampled_from(RECIPES).flatmap(configs))
 def test_assemble_reaches_every_weight(config: ModelConfig) -> None:
     tensors = random_weights(config)
     weights = assemble(config, tensors)
