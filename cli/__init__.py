@@ -13,13 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .calibration import calibrate
+    from .comparison import fidelity
     from .estimation import estimate
     from .measurement import measure
+    from .preparation import prepare
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "calibrate", "estimate", "measure"]
+__all__ = ["__version__", "calibrate", "estimate", "fidelity", "measure", "prepare"]
 
-_HOME = {"calibrate": ".calibration", "estimate": ".estimation", "measure": ".measurement"}
+_HOME = {
+    "calibrate": ".calibration",
+    "estimate": ".estimation",
+    "fidelity": ".comparison",
+    "measure": ".measurement",
+    "prepare": ".preparation",
+}
 
 
 def __getattr__(name: str) -> Any:

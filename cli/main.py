@@ -21,6 +21,8 @@ COMMANDS = {
     "estimate": ".command_estimate",
     "measure": ".command_measure",
     "calibrate": ".command_calibrate",
+    "fidelity": ".command_fidelity",
+    "prepare": ".command_prepare",
     "explain": ".command_explain",
     "models": ".command_models",
     "maps": ".command_maps",

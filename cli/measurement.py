@@ -174,7 +174,7 @@ def measured(
     request: Request, hardware: str | Hardware | None, source: Source, timing: Timing, progress: Progress
 ) -> dict[str, Any]:
     """The result without its context."""
-    ops = _engine(request, progress)
+    ops = started_engine(request, progress)
     with machines.limited(request.engine, request.threads):
         _what_fits(replace(request, lengths=(1,)) if source.decides else request, Progress())
         model = _model(request, source, timing, progress)
@@ -194,7 +194,8 @@ def measured(
     return document if finished else {**document, "interrupted": True}
 
 
-def _engine(request: Request, progress: Progress) -> Engine:
+def started_engine(request: Request, progress: Progress) -> Engine:
+    """The engine, compiled and told its threads."""
     ops = get_engine(request.engine)
     if hasattr(ops, "warm_up"):
         ops.warm_up(progress.line)

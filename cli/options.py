@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from .parsing import parse_lengths, parse_names, parse_settings
+from .parsing import parse_choices, parse_lengths, parse_names, parse_settings
 
 F = TypeVar("F", bound=Callable[..., Any])
 DTYPES = ("float16", "float32", "float64")
@@ -41,10 +41,19 @@ dtype_option = click.option(
     "--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Of all arrays."
 )
 
+model_option = click.option(
+    "--model", metavar="NAME|FOLDER|FILE", help="Name, checkpoint folder or config.json.  [the method's own]"
+)
+
+override_options = _group(
+    *(
+        click.option("--" + name.replace("_", "-"), name, type=POSITIVE, metavar="N", help=f"Override {what}.")
+        for name, what in OVERRIDES.items()
+    )
+)
+
 shape_options = _group(
-    click.option(
-        "--model", metavar="NAME|FOLDER|FILE", help="Name, checkpoint folder or config.json.  [the method's own]"
-    ),
+    model_option,
     click.option(
         "--seq", callback=_parsed(parse_lengths), metavar="LENGTHS", help="512,1024 or 2^9:2^13.  [256 to 2048]"
     ),
@@ -59,10 +68,7 @@ shape_options = _group(
     click.option("--steps", type=POSITIVE, metavar="N", help="Tokens of a decoding pass.  [1]"),
     click.option("--causal/--no-causal", default=None, help="Override the model's own mask."),
     dtype_option,
-    *(
-        click.option("--" + name.replace("_", "-"), name, type=POSITIVE, metavar="N", help=f"Override {what}.")
-        for name, what in OVERRIDES.items()
-    ),
+    override_options,
 )
 
 set_option = click.option(
@@ -70,16 +76,28 @@ set_option = click.option(
     help="A parameter, as reuse.group=4; repeatable.",
 )  # fmt: skip
 
+baseline_option = click.option(
+    "--baseline", type=click.Choice(("dense", "flash")), help="Show ratios to this one only.  [both]"
+)
+
+
+def method_option(usual: str) -> Callable[[F], F]:
+    """--method, with what is taken where it is not given."""
+    about = f"See 'effref list methods'.  [{usual}]"
+    return click.option("--method", callback=_parsed(parse_names), metavar="NAMES", help=about)
+
+
+def choices_option(name: str, about: str) -> Callable[[F], F]:
+    """An option that takes several values of a parameter."""
+    parse = _parsed(parse_choices(name))
+    return click.option(name, multiple=True, callback=parse, metavar="NAME.KEY=V1,V2", help=about)
+
+
 method_options = _group(
-    click.option(
-        "--method",
-        callback=_parsed(parse_names),
-        metavar="NAMES",
-        help="See 'effref list methods'.  [dense,flash,reuse]",
-    ),
+    method_option("dense,flash,reuse"),
     set_option,
-    click.option("--baseline", type=click.Choice(("dense", "flash")), help="Show ratios to this one only.  [both]"),
-)  # fmt: skip
+    baseline_option,
+)
 
 engine_options = _group(
     click.option("--device", type=click.Choice(("cpu", "gpu")), help="[cpu]"),
@@ -91,17 +109,21 @@ hardware_option = click.option(
     "--hardware", metavar="NAME|FILE|local", help="See 'effref list hardware'.  [local where calibrated]"
 )
 
-timing_options = _group(
-    click.option("--repeats", type=POSITIVE, metavar="N", help="Passes, at most.  [5, in decoding 25]"),
-    click.option("--warmup", type=click.IntRange(0), metavar="N", default=1, show_default=True, help="Before them."),
-    click.option(
-        "--max-seconds", type=click.FloatRange(0, min_open=True), metavar="S", default=40.0, show_default=True,
-        help="For all passes together; compilation and calibration come on top.",
-    ),
-    click.option(
-        "--seed", type=click.IntRange(0), metavar="N", default=0, show_default=True, help="Of weights and inputs."
-    ),
+repeats_option = click.option("--repeats", type=POSITIVE, metavar="N", help="Passes, at most.  [5, in decoding 25]")
+max_seconds_option = click.option(
+    "--max-seconds", type=click.FloatRange(0, min_open=True), metavar="S", default=40.0, show_default=True,
+    help="For all passes together; compilation and calibration come on top.",
 )  # fmt: skip
+seed_option = click.option(
+    "--seed", type=click.IntRange(0), metavar="N", default=0, show_default=True, help="Of weights and inputs."
+)
+
+timing_options = _group(
+    repeats_option,
+    click.option("--warmup", type=click.IntRange(0), metavar="N", default=1, show_default=True, help="Before them."),
+    max_seconds_option,
+    seed_option,
+)
 
 quiet_option = click.option("--quiet", is_flag=True, help="Nothing on stderr but errors.")
 

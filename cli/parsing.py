@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from refimpl.errors import ConfigError, unknown
@@ -51,18 +51,49 @@ def parse_names(text: str) -> tuple[str, ...]:
 
 def parse_settings(items: Iterable[str]) -> dict[str, dict[str, Any]]:
     """``reuse.group=4`` as ``{"reuse": {"group": 4}}``; values are JSON where they read as JSON, else text."""
-    from refimpl.methods import CATALOG
-
     settings: dict[str, dict[str, Any]] = {}
     for item in items:
-        name, equals, value = item.partition("=")
-        method, dot, key = name.partition(".")
-        if not (equals and dot and key):
-            raise ConfigError(f"--set '{item}' is not METHOD.PARAMETER=VALUE, as in --set reuse.group=4")
-        if method not in CATALOG:
-            raise unknown("method", method, CATALOG)
+        method, key, value = _setting("--set", item, "reuse.group=4")
         settings.setdefault(method, {})[key] = _value(value)
     return settings
+
+
+def parse_choices(option: str) -> Callable[[Iterable[str]], dict[str, dict[str, tuple[Any, ...]]]]:
+    """For an option that takes several values: ``reuse.group=1,2`` as ``{"reuse": {"group": (1, 2)}}``."""
+
+    def parse(items: Iterable[str]) -> dict[str, dict[str, tuple[Any, ...]]]:
+        choices: dict[str, dict[str, tuple[Any, ...]]] = {}
+        for item in items:
+            method, key, values = _setting(option, item, "reuse.group=1,2,4")
+            choices.setdefault(method, {})[key] = tuple(_value(value) for value in _split(values))
+        return choices
+
+    return parse
+
+
+def _setting(option: str, item: str, example: str) -> tuple[str, str, str]:
+    """Method, parameter and the text behind the equals sign."""
+    from refimpl.methods import CATALOG
+
+    name, equals, value = item.partition("=")
+    method, dot, key = name.partition(".")
+    if not (equals and dot and key):
+        raise ConfigError(f"{option} '{item}' is not METHOD.PARAMETER=VALUE, as in {option} {example}")
+    if method not in CATALOG:
+        raise unknown("method", method, CATALOG)
+    return method, key, value
+
+
+def _split(text: str) -> list[str]:
+    """Parts between the commas that stand outside of brackets: ``1,[2,3]`` has two."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts]
 
 
 def _value(text: str) -> Any:

@@ -55,9 +55,9 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
             at_length = [result for result in results if length_of(result) == length]
             _breakdown(figure.add_subplot(grid[0, place]), at_length, colours, first=place == 0)
         _totals(figure.add_subplot(grid[0, len(lengths) :]), results)
-        figure.suptitle(_title(document))
+        figure.suptitle(title(document))
         figure.legend(handles=_legend(colours), loc="outside lower center", ncols=6, frameon=False)
-        metadata = {"Title": _title(document), "Description": describe(document)}
+        metadata = {"Title": title(document), "Description": describe(document)}
         with whole(path) as scratch:
             figure.savefig(scratch, metadata=metadata, dpi=160)
 
@@ -73,7 +73,8 @@ def describe(document: Mapping[str, Any]) -> str:
     return "Seconds of one forward pass by component and in total. " + "; ".join(parts) + "."
 
 
-def _title(document: Mapping[str, Any]) -> str:
+def title(document: Mapping[str, Any]) -> str:
+    """Model, dtype, batch and machine."""
     config, hardware = document["config"], document["hardware"]
     machine = f"{hardware['name']} ({hardware['level']})"
     return f"{config['model']['name']}, {config['dtype']}, batch {config['batch']}, {machine}"

@@ -1,4 +1,4 @@
-"""The one place where numbers become text: tables, Markdown, CSV and JSON.
+"""The one place where numbers become text: tables, Markdown, CSV and JSON; `render_fidelity` puts its pieces together.
 
 Tables scale each column and name the unit in its header; CSV and JSON keep raw SI numbers.
 """
@@ -27,6 +27,8 @@ FLOPS: tuple[Unit, ...] = (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))
 BYTES: tuple[Unit, ...] = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 FLOP_RATES: tuple[Unit, ...] = (("TFLOP/s", 1e12), ("GFLOP/s", 1e9))
 BYTE_RATES: tuple[Unit, ...] = (("TB/s", 1e12), ("GB/s", 1e9))
+JOULES: tuple[Unit, ...] = (("J", 1.0), ("mJ", 1e-3), ("µJ", 1e-6), ("nJ", 1e-9))
+WATTS: tuple[Unit, ...] = (("W", 1.0), ("mW", 1e-3), ("µW", 1e-6))
 CAPACITIES: tuple[Unit, ...] = (("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10))
 NONE = "-"
 
@@ -105,12 +107,19 @@ def heading(document: Mapping[str, Any]) -> str:
     causal = ", causal" if config["causal"] else ""
     work = config["phase"]
     if "kv_len" in config:
-        work = f"decode, {config['steps']} token{'s' if config['steps'] > 1 else ''} a pass after S cached positions"
+        work = f"decode, {_steps_text(config)} a pass after S cached positions"
     return (
         f"{model['name']}: {shape}{kv}, feed-forward {model['d_ff']}; batch {config['batch']}, {config['dtype']}, "
         f"{work}{causal}\n"
         f"hardware {hardware['name']} (level {hardware['level']}: {meaning})"
     )
+
+
+def _steps_text(config: Mapping[str, Any]) -> str:
+    """``3 tokens``, or ``1 chunk of 4 positions``."""
+    chunk = config["model"]["chunk"]
+    what, of = ("chunk", f" of {chunk} positions") if chunk else ("token", "")
+    return f"{config['steps']} {what}{'s' if config['steps'] > 1 else ''}{of}"
 
 
 def parameters_text(params: Mapping[str, Any]) -> str:
@@ -189,6 +198,7 @@ def estimate_blocks(document: Mapping[str, Any], baselines: Sequence[str]) -> li
     if len(results) <= DETAILED:
         for result in results:
             blocks += [_estimate_detail(result), _estimate_line(result, baselines)]
+            blocks += energy_blocks(result, document.get("energy_model"), baselines)
         return [*blocks, *_unnamed(document, baselines, "computed")]
     for of_method in by_method(results).values():
         chunks = [of_method[start : start + 6] for start in range(0, len(of_method), 6)]
@@ -238,10 +248,44 @@ def _band(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
 def _estimate_line(result: Mapping[str, Any], baselines: Sequence[str]) -> str:
     ratios = [f"{times(result['speedup'][name]['predicted'])} x the speed of {name}" for name in baselines]
     return (
-        f"{result['method']} at {place_of(result)}: {', '.join(ratios)}; weights "
-        f"{quantity(result['params_bytes'], CAPACITIES)}, peak memory {quantity(result['peak_bytes'], CAPACITIES)}"
+        f"{result['method']} at {place_of(result)}: {', '.join(ratios)}\n"
+        f"weights {_weights_text(result)}, peak memory {quantity(result['peak_bytes'], CAPACITIES)}"
         f"{_cache_text(result)}"
     )
+
+
+def _weights_text(result: Mapping[str, Any]) -> str:
+    """The weights, with those of the product's other parts, and how much less than dense they are."""
+    text, change = quantity(result["params_bytes"], CAPACITIES), 100 * result["params_reduction"]
+    less = f"{abs(change):.1f} % {'less' if change > 0 else 'more'} than dense"
+    if result["companion_bytes"]:
+        text += f" and {quantity(result['companion_bytes'], CAPACITIES)} in the product's other parts"
+        less = f"together {less}"
+    return f"{text} ({less})" if change else text
+
+
+ENERGIES = ("weights", "activations", "arithmetic")
+
+
+def energy_blocks(
+    result: Mapping[str, Any], model: Mapping[str, Any] | None, baselines: Sequence[str]
+) -> list[Block]:
+    """Joules per component, and the power at the rate of the input."""
+    if model is None:
+        return []
+    found = result["energy"]
+    rows = found["components"]
+    columns = [
+        ("component", [row["component"] for row in rows]),
+        *(column(kind, JOULES, [row[f"{kind}_j"] for row in rows]) for kind in ENERGIES),
+        column("together", JOULES, [row["total_j"] for row in rows]),
+        ("share %", [percent(row["total_j"] / found["total_j"]) for row in rows]),
+    ]
+    headers, cells = columns_to_rows(columns)
+    power = f", {quantity(found['power_w'], WATTS)} at the rate of the input" if found["power_w"] else ""
+    savings = [f"{percent(found['saving'][name])} % less than {name}" for name in baselines if name != result["method"]]
+    line = f"energy {quantity(found['total_j'], JOULES)} a pass{power}; {', '.join(savings)}"
+    return [Table(f"energy: {model['title']}", headers, cells), line]
 
 
 def _cache_text(result: Mapping[str, Any]) -> str:
@@ -250,7 +294,7 @@ def _cache_text(result: Mapping[str, Any]) -> str:
         return ""
     traffic = result["cache_traffic"]
     text = (
-        f", cache {quantity(result['cache_bytes'], CAPACITIES)} ({quantity(traffic['appended_bytes'], BYTES)} "
+        f"\ncache {quantity(result['cache_bytes'], CAPACITIES)} ({quantity(traffic['appended_bytes'], BYTES)} "
         f"appended, {quantity(traffic['read_bytes'], BYTES)} of keys and values read)"
     )
     rate = result.get("tokens_per_s")
@@ -326,7 +370,7 @@ def _measure_summary(results: Sequence[Mapping[str, Any]], baselines: Sequence[s
         (axis_of(results), [str(length_of(result)) for result in results]),
         ("runs", [str(total["measured_s"]["n"]) for total in totals]),
         column("measured", SECONDS, medians, shortest),
-        ("± %", [percent(_spread(total["measured_s"])) for total in totals]),
+        ("± %", [percent(spread(total["measured_s"])) for total in totals]),
         column("predicted", SECONDS, [total["predicted_s"] for total in totals], shortest),
         ("err %", [percent(total["rel_error"], signed=True) for total in totals]),
         *((name, [times(result["speedup"][name]["measured"]) for result in results]) for name in baselines),
@@ -346,7 +390,7 @@ def _measure_summary(results: Sequence[Mapping[str, Any]], baselines: Sequence[s
     )
 
 
-def _spread(measured: Mapping[str, Any]) -> float | None:
+def spread(measured: Mapping[str, Any]) -> float | None:
     """Half the distance from the 10th to the 90th percentile, beside the median."""
     if measured["p10"] is None:
         return None
@@ -604,3 +648,25 @@ def maps_blocks(found: Mapping[str, Any]) -> list[Block]:
 def ratio(value: float | None) -> str:
     """A figure between 0 and 1."""
     return NONE if value is None else f"{value:.3f}"
+
+
+# --- prepare --------------------------------------------------------------------------------------------------------
+
+
+def document_blocks(document: Mapping[str, Any]) -> list[Block]:
+    """What a method found: its settings in one line, and each list of records as a table."""
+    lists = {name: value for name, value in document.items() if isinstance(value, list)}
+    settings = {name: value for name, value in document.items() if name not in (*lists, "effref", "version")}
+    counts = ", ".join(f"{len(value)} {name}" for name, value in lists.items())
+    blocks: list[Block] = [f"{document['effref']}: {counts}\n{parameters_text(settings)}"]
+    for name, rows in lists.items():
+        if rows and isinstance(rows[0], dict):
+            cells = [[_cell(value) for value in row.values()] for row in rows]
+            blocks.append(Table(name, list(rows[0]), cells, left=0))
+    return blocks
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return number(value) if isinstance(value, float) else str(value)

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
+import costmodel
 from costmodel.closed_form import Estimate
+from costmodel.energy import Energy
 from costmodel.hardware import Hardware
 from costmodel.ops import Cost
 from costmodel.predict import Prediction, Seconds
@@ -87,13 +89,24 @@ def entry(request: Request, method: str, prediction: Prediction) -> dict[str, An
             {"component": name, **_figures(calls[name], costs[name], times[name])} for name in costs
         ],
         "total": _figures(sum(calls.values()), estimate.total, prediction.total),
-        "params_bytes": int(estimate.params_bytes),
+        **_weights(estimate),
         "cache_bytes": int(estimate.cache_bytes),
         "cache_traffic": {"appended_bytes": int(estimate.appended_bytes), "read_bytes": int(estimate.total.kv_bytes)},
         "peak_bytes": int(estimate.peak_bytes),
         **({"tokens_per_s": {"predicted": _per_second(estimate, prediction.total.seconds)}} if request.decodes else {}),
         "speedup": {},
     }  # fmt: skip
+
+
+def _weights(estimate: Estimate) -> dict[str, Any]:
+    """Bytes of the weights, and of the parts of the product that no pass runs; and what a method saves of both."""
+    dense = costmodel.estimate("dense", estimate.config, estimate.workload).params_bytes + estimate.companion_bytes
+    whole = estimate.params_bytes + estimate.companion_bytes
+    return {
+        "params_bytes": int(estimate.params_bytes),
+        "companion_bytes": int(estimate.companion_bytes),
+        "params_reduction": float(1 - whole / dense),
+    }
 
 
 def _per_second(estimate: Estimate, seconds: Any) -> float:
@@ -112,6 +125,24 @@ def _figures(calls: Any, cost: Cost, time: Seconds) -> dict[str, Any]:
         "predicted_high_s": float(time.high),
         "bound": str(time.bound),
     }
+
+
+def add_energy(result: dict[str, Any], energies: Mapping[str, Energy]) -> None:
+    """Put joules beside the seconds, and how much less they are than those of each baseline."""
+    own = energies[result["method"]]
+    for row in result["components"]:
+        row["energy_j"] = float(own.by_component[row["component"]].total)
+    result["total"]["energy_j"] = float(own.total.total)
+    result["energy"] = {
+        "components": [
+            {"component": name, "weights_j": float(part.weights), "activations_j": float(part.activations),
+             "arithmetic_j": float(part.arithmetic), "total_j": float(part.total)}
+            for name, part in own.by_component.items()
+        ],
+        "total_j": float(own.total.total),
+        "power_w": None if own.power_w is None else float(own.power_w),
+        "saving": {name: float(1 - own.total.total / energies[name].total.total) for name in BASELINES},
+    }  # fmt: skip
 
 
 def add_measured(result: dict[str, Any], samples: Samples) -> None:

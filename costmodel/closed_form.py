@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +12,8 @@ from costmodel.methods import COSTS
 from costmodel.methods.dense import Dense
 from costmodel.methods.steps import Setting, linear, times
 from costmodel.ops import Cost, Op, Quantity
-from refimpl.components import COMPONENTS, CONVOLUTION, NORM, RESIDUAL, STEM
+from costmodel.streaming import cached_positions, chunks_of, earlier_outputs
+from refimpl.components import CACHE, COMPONENTS, CONVOLUTION, HEAD, NORM, RESIDUAL, STEM
 from refimpl.config import DTYPES, ModelConfig, Workload
 from refimpl.errors import unknown
 from refimpl.parameters import make
@@ -26,8 +27,9 @@ class Estimate:
     ----------
     ops : list of Op
         Every op with its sizes and number of calls; equal to what a recorded run executes.
-    params_bytes, cache_bytes, peak_bytes : int, array or expression
-        Weights; keys and values in the cache at the end; weights, cache and everything else at the fullest moment.
+    params_bytes, resident_bytes, cache_bytes, peak_bytes : int, array or expression
+        Weights as they are kept, and as memory holds them during the pass, where a shared one lies once for each use;
+        keys and values in the cache at the end; resident weights, cache and everything else at the fullest moment.
     """
 
     method: str
@@ -36,6 +38,7 @@ class Estimate:
     workload: Workload
     ops: list[Op]
     params_bytes: Quantity
+    resident_bytes: Quantity
     cache_bytes: Quantity
     peak_bytes: Quantity
     itemsize: int = field(default=4)
@@ -44,6 +47,11 @@ class Estimate:
     def tokens(self) -> Quantity:
         """Positions worked on, over the whole batch."""
         return self.workload.batch * self.workload.seq * self.workload.steps
+
+    @property
+    def companion_bytes(self) -> int:
+        """Weights of the parts of the product that no pass runs, at the same bytes per element."""
+        return self.itemsize * sum(companion.parameters for companion in self.config.companions)
 
     @property
     def appended_bytes(self) -> Quantity:
@@ -104,24 +112,31 @@ def estimate(method: str, config: ModelConfig, workload: Workload, params: Any =
     settings = steps_of(config, workload)
     programs = [cost(setting, parameters) for setting in settings]
     last, itemsize = programs[-1], DTYPES[workload.dtype]
-    weights = _parameters(last, workload) * itemsize
-    cache = last.stored() * last.setting.B * last.setting.S * itemsize if workload.fills_cache else 0
-    peak = memory.largest(*(moment for program in programs for moment in _live(program)))
+    parameters_kept = _parameters(last, workload)
+    resident = (parameters_kept + last.copied_parameters()) * itemsize
+    kept, allotted = (last.stored() * last.setting.B * n * itemsize for n in _cached_positions(config, workload))
+    peak = memory.largest(*(moment for program in programs for moment in _live(program, workload)))
     return Estimate(
         method=method,
         parameters=parameters,
         config=config,
         workload=workload,
         ops=[op for program in programs for op in _ops(program)],
-        params_bytes=weights,
-        cache_bytes=cache,
-        peak_bytes=weights + cache + _tables(last.setting) + last.mask_bytes() + peak * itemsize,
+        params_bytes=parameters_kept * itemsize + last.index_bytes(),
+        resident_bytes=resident,
+        cache_bytes=kept,
+        peak_bytes=resident + allotted + _tables(last.setting) + last.mask_bytes() + peak * itemsize,
         itemsize=itemsize,
     )
 
 
 def steps_of(config: ModelConfig, workload: Workload) -> list[Setting]:
-    """What each step of a pass meets: one step in a prefill, `steps` with a growing cache in decoding."""
+    """What each step of a pass meets: one step in a prefill, `steps` with a growing cache in decoding.
+
+    A streaming model's steps are its chunks, alike ones together.
+    """
+    if config.streams:
+        return chunks_of(config, workload)
     B, T, causal = workload.batch, workload.seq, int(workload.is_causal(config))
     return [
         Setting(config, B, T, causal, workload.kv_len + step * T, workload.fills_cache)
@@ -130,21 +145,41 @@ def steps_of(config: ModelConfig, workload: Workload) -> list[Setting]:
 
 
 def _ops(program: Dense) -> list[Op]:
-    """Every op of one step."""
+    """Every op of one step, as often as there are such steps."""
     s = program.setting
-    return [*_stem(s), *program.attention(), *program.feed_forward(), *_layer_rest(s), *program.head()]
+    sublayers = [*program.attention(), *program.feed_forward()]
+    ops = [*_moved(s, sublayers), *_stem(s), *sublayers, *_layer_rest(s), *program.head(), *_output(s)]
+    return times(s.calls, ops)
 
 
-def _live(program: Dense) -> list[Quantity]:
-    """Elements alive at the fullest moments of one step."""
+def _moved(s: Setting, ops: list[Op]) -> list[Op]:
+    """What is appended to in each position, for those that a full cache is moved by."""
+    if not s.moved:
+        return []
+    appended = [op for op in ops if op.component == CACHE]
+    return [replace(op, sizes={"elements": op.sizes["elements"] // s.T * s.moved}) for op in appended]
+
+
+def _live(program: Dense, workload: Workload) -> list[Quantity]:
+    """Elements alive at the fullest moments of one step; none where it does not run."""
     s = program.setting
-    return [
+    moments = [
         *program.attention_live(),
         *(program.held() + moment for moment in program.feed_forward_live()),
         program.held() + memory.convolution(s),
         memory.head(s),
         memory.stem(s),
     ]
+    waiting = earlier_outputs(s, workload) if s.config.streams else 0
+    return [(moment + waiting) * ((s.calls > 0) * 1) for moment in moments]
+
+
+def _cached_positions(config: ModelConfig, workload: Workload) -> tuple[Quantity, Quantity]:
+    """Positions that the cache keeps for what follows, and those that it is allotted for."""
+    if config.streams:
+        return cached_positions(config, workload)
+    positions = workload.kv_len + workload.steps * workload.seq
+    return (positions, positions) if workload.fills_cache else (0, 0)
 
 
 def _stem(s: Setting) -> list[Op]:
@@ -157,6 +192,9 @@ def _stem(s: Setting) -> list[Op]:
             ops.append(Op(STEM, "add", {**whole, "operand": c.d_model, "scaled": 0}))
     elif c.stem == "frames":
         ops += _strided_convolutions(s)
+    elif c.stem == "stacked":
+        sizes = {"rows": s.rows * c.stack, "d_in": c.features, "d_out": c.d_model // c.stack, "bias": 0}
+        ops.append(Op(STEM, "linear", sizes))
     else:
         patches = s.B * (s.T - 1)
         sizes = {"rows": patches, "d_in": c.features, "d_out": c.d_model, "bias": 1}
@@ -187,18 +225,29 @@ def _strided_convolutions(s: Setting) -> list[Op]:
 def _layer_rest(s: Setting) -> list[Op]:
     """Norms, residuals and the Conformer's convolution module of all layers, and the final norm."""
     c = s.config
-    conformer = c.recipe == "conformer"
+    conformer, norms = c.recipe == "conformer", {"conformer": 5, "emformer": 3}.get(c.recipe, 2)
     sum_of_both = {"elements": s.rows * c.d_model, "operand": s.rows * c.d_model}
     ops = [
-        _norm(s, c.layers * (5 if conformer else 2)),
+        _norm(s, c.layers * norms),
         Op(RESIDUAL, "add", {**sum_of_both, "scaled": 0}, calls=c.layers * 2),
     ]
     if conformer:
         ops.append(Op(RESIDUAL, "add", {**sum_of_both, "scaled": 1}, calls=c.layers * 2))
         ops += times(c.layers, _convolution(s))
     if c.final_norm:
-        ops.append(_norm(s, 1))
+        ops.append(Op(NORM, f"{c.norm}_norm", {"rows": s.outputs, "width": c.d_model}))
     return ops
+
+
+def _output(s: Setting) -> list[Op]:
+    """The last linear map and its norm."""
+    c = s.config
+    if not c.d_out:
+        return []
+    return [
+        Op(HEAD, "linear", {"rows": s.outputs, "d_in": c.d_model, "d_out": c.d_out, "bias": 1}),
+        Op(NORM, f"{c.norm}_norm", {"rows": s.outputs, "width": c.d_out}),
+    ]
 
 
 def _norm(s: Setting, calls: Quantity) -> Op:
@@ -221,16 +270,17 @@ def _convolution(s: Setting) -> list[Op]:
 def _parameters(program: Dense, workload: Workload) -> Quantity:
     """Number of weights: the closed form of ``refimpl.weights.layout.shapes``, as the method keeps them."""
     c = program.setting.config
-    norm = _norm_parameters(c)
-    rest = 2 * norm
+    norm = _norm_parameters(c, c.d_model)
+    rest = (3 if c.recipe == "emformer" else 2) * norm
     if c.recipe == "conformer":
         rest += 3 * norm + 3 * c.d_model * (c.d_model + int(c.bias)) + (c.conv_kernel + 5) * c.d_model
     sublayers = program.attention_parameters() + program.feed_forward_parameters()
-    return sublayers + c.layers * rest + _stem_parameters(c, workload) + (norm if c.final_norm else 0)
+    output = c.d_out * (c.d_model + 1) + _norm_parameters(c, c.d_out)
+    return sublayers + c.layers * rest + _stem_parameters(c, workload) + (norm if c.final_norm else 0) + output
 
 
-def _norm_parameters(c: ModelConfig) -> Quantity:
-    return c.d_model * (2 if c.norm == "layer" else 1)
+def _norm_parameters(c: ModelConfig, width: Quantity) -> Quantity:
+    return width * (2 if c.norm == "layer" else 1)
 
 
 def _stem_parameters(c: ModelConfig, workload: Workload) -> Quantity:
@@ -240,11 +290,13 @@ def _stem_parameters(c: ModelConfig, workload: Workload) -> Quantity:
     elif c.stem == "frames":
         widths = (c.features,) + (d,) * (len(c.strides) - 1)
         count = sum((3 * width + 1) * d for width in widths[: len(c.strides)])
+    elif c.stem == "stacked":
+        count = c.features * d // c.stack
     else:
         count = (c.features + 2) * d
     if c.position in ("learned", "sinusoidal"):
         count += (c.max_positions or workload.seq) * d
-    return count + (_norm_parameters(c) if c.embedding_norm else 0)
+    return count + (_norm_parameters(c, d) if c.embedding_norm else 0)
 
 
 def _tables(s: Setting) -> Quantity:

@@ -31,6 +31,7 @@ HALVES: dict[str, tuple[str, ...]] = {
     "linear": ("rows", "d_in", "d_out"),
     "project": ("rows", "d_in", "d_out"),
     "conv1d": ("rows", "d_in", "d_out"),
+    "block_linear": ("rows", "d_in", "d_out"),
     "scores": ("q_len", "k_len", "head_dim"),
     "weighted_sum": ("q_len", "k_len", "head_dim"),
     "attention": ("q_len", "k_len", "head_dim"),

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from costmodel.methods.steps import Setting
 
 # Hidden states that are alive beside what a sublayer makes: the layer's input, the residual, the normed input.
-BESIDE_ATTENTION = {"post-norm": 1, "pre-norm": 2, "conformer": 3}
-BESIDE_FEED_FORWARD = {"post-norm": 2, "pre-norm": 3, "conformer": 3}
+BESIDE_ATTENTION = {"post-norm": 1, "pre-norm": 2, "conformer": 3, "emformer": 2}
+BESIDE_FEED_FORWARD = {"post-norm": 2, "pre-norm": 3, "conformer": 3, "emformer": 3}
 
 
 def hidden(s: Setting) -> Quantity:
@@ -64,13 +64,17 @@ def convolution(s: Setting) -> Quantity:
 
 
 def head(s: Setting) -> Quantity:
-    """The last hidden state and the logits."""
+    """The last hidden state and the logits; or the last linear map before and after its norm."""
+    if s.config.d_out:
+        return hidden(s) + 2 * s.outputs * s.config.d_out
     return hidden(s) + s.rows * s.config.vocab if s.config.head else 0
 
 
 def stem(s: Setting) -> Quantity:
     """The widest step of the strided convolutions: its windows, product and activation."""
     c = s.config
+    if c.stem == "stacked":
+        return s.rows * c.stack * c.features + 2 * hidden(s)
     if c.stem != "frames":
         return 2 * hidden(s)
     rows = s.B * c.stem_length(s.T) // c.strides[0]

@@ -91,6 +91,11 @@ def _depthwise_conv(b: int, rows: Quantity, width: Quantity, kernel: Quantity) -
     )
 
 
+def _block_linear(b: int, rows: Quantity, blocks: Quantity, d_in: Quantity, d_out: Quantity, bias: int) -> Cost:
+    one = _linear(b, rows, d_in, d_out, bias)  # the blocks share neither inputs nor outputs
+    return one.times(blocks)
+
+
 def _embedding(b: int, rows: Quantity, width: Quantity) -> Cost:
     return Cost(table_bytes=rows * width * b + rows * INDEX_BYTES, bytes_written=rows * width * b)
 
@@ -214,6 +219,7 @@ FORMULAS: dict[str, Callable[..., Cost]] = {
     "project": _linear,
     "conv1d": _conv1d,
     "depthwise_conv": _depthwise_conv,
+    "block_linear": _block_linear,
     "embedding": _embedding,
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,

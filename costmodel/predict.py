@@ -19,8 +19,7 @@ from refimpl.components import COMPONENTS
 from refimpl.errors import UnsupportedError
 
 BOUNDS = ("compute", "memory", "overhead")
-FEW_ROWS = 8  # of a product, up to which it is bound by reading its weights and engines take another kernel
-FEW_QUERIES = 8  # of attention, likewise by reading keys and values
+FEW_ROWS = 8  # up to so many a product takes the time of reading its large operand, and engines have other kernels
 
 
 @dataclass(frozen=True)
@@ -95,15 +94,13 @@ def kind_of(op: str, sizes: Mapping[str, Quantity]) -> str:
 
     Arrays of sizes count as their largest.
     """
-    if op in ("linear", "project") and _most(sizes["rows"]) <= FEW_ROWS:
+    if op in ("linear", "project", "block_linear") and np.max(sizes["rows"]) <= FEW_ROWS:
         return f"{op}, few rows"
-    if op in ("scores", "softmax", "weighted_sum", "attention") and _most(sizes["q_len"]) <= FEW_QUERIES:
-        return f"{op}, few queries"
+    if op in ("scores", "weighted_sum", "attention"):  # queries that share keys are rows of one product
+        sharing = sizes["maps"] // sizes["kv_maps"] * sizes["q_len"]
+        if np.max(sharing) <= FEW_ROWS:
+            return f"{op}, few queries"
     return f"{op}, causal" if sizes.get("causal") else op
-
-
-def _most(size: Quantity) -> Any:
-    return np.max(size)
 
 
 @dataclass(frozen=True)
@@ -131,7 +128,7 @@ class Traffic:
         streamed = one.weight_bytes + one.table_bytes
         if estimate.workload.phase == "decode":
             streamed = streamed + one.kv_bytes
-        resident = np.maximum(estimate.params_bytes + estimate.cache_bytes, streamed)
+        resident = np.maximum(estimate.resident_bytes + estimate.cache_bytes, streamed)
         return cls(streamed, resident, one.bytes_moved - streamed)
 
 

@@ -32,5 +32,5 @@ COMPONENTS: dict[str, str] = {
     CONVOLUTION: "Conformer convolution module: pointwise, GLU, depthwise, norm, activation, pointwise",
     NORM: "layer and RMS norms",
     RESIDUAL: "residual additions",
-    HEAD: "language head: hidden states to vocabulary logits",
+    HEAD: "language head: hidden states to vocabulary logits; or the last linear map of an encoder",
 }

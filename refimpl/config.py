@@ -7,6 +7,7 @@ D head width, f feed-forward width, L layers, V vocabulary.
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from dataclasses import dataclass, fields, replace
 from functools import cache
@@ -14,15 +15,36 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from refimpl.errors import ConfigError, unknown
+from refimpl.errors import ConfigError, UnsupportedError, unknown
 
-Recipe = Literal["post-norm", "pre-norm", "conformer"]
-Stem = Literal["tokens", "frames", "patches"]
+Recipe = Literal["post-norm", "pre-norm", "conformer", "emformer"]
+Stem = Literal["tokens", "frames", "stacked", "patches"]
 Position = Literal["learned", "sinusoidal", "relative", "rotary", "none"]
 Activation = Literal["gelu", "gelu_tanh", "silu", "relu"]
 
 DTYPES: dict[str, int] = {"float16": 2, "float32": 4, "float64": 8}  # name -> bytes per element
 PHASES = ("prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Companion:
+    """A part of the whole product that no pass runs but that counts for its size, as a transducer's joiner.
+
+    Attributes
+    ----------
+    name : str
+    parameters : int
+    calls_per_chunk : float
+        How often it runs while the encoder takes one chunk.
+    """
+
+    name: str
+    parameters: int
+    calls_per_chunk: float
+
+
+# Assumed: read English has 2 to 3 words a second, and most are one or two of a transducer's 4096 word pieces.
+SYMBOLS_PER_SECOND = 3.0
 
 
 @dataclass(frozen=True)
@@ -33,7 +55,7 @@ class ModelConfig:
     ----------
     name : str
         Preset name, folder name or ``"custom"``.
-    recipe : {"post-norm", "pre-norm", "conformer"}
+    recipe : {"post-norm", "pre-norm", "conformer", "emformer"}
         How a layer is put together; see ``refimpl.model``.
     layers, d_model, heads, d_ff : int
         L, d, H, f. `heads` divides `d_model` unless `head_dim` is given.
@@ -46,11 +68,12 @@ class ModelConfig:
         Linear maps carry a bias.
     causal : bool
         Position i attends to positions j <= i.
-    stem : {"tokens", "frames", "patches"}
-        What enters: token ids (B, T); feature frames (B, T * prod(strides), features); image patches (B, T - 1,
-        features), to which a class token is added.
-    vocab, token_types, features, strides
-        Sizes of the stem. Each stride is one convolution of kernel 3.
+    stem : {"tokens", "frames", "stacked", "patches"}
+        What enters: token ids (B, T); feature frames (B, T * prod(strides), features), or for "stacked"
+        (B, (T + right_context) * stack, features); image patches (B, T - 1, features), to which a class token is added.
+    vocab, token_types, features, strides, stack
+        Sizes of the stem. Each stride is one convolution of kernel 3; `stack` frames of d / stack channels each are put
+        side by side into one position.
     position : {"learned", "sinusoidal", "relative", "rotary", "none"}
     max_positions : int
         Rows of the position table in the pretrained model; 0 where there is no limit.
@@ -60,6 +83,15 @@ class ModelConfig:
         Taps of the Conformer's depthwise convolution.
     embedding_norm, final_norm, head : bool
         Norm after the stem; norm after the last layer; language head tied to the embedding.
+    d_out : int
+        Width of a last linear map, with bias and followed by a norm; 0 for none.
+    chunk, left_context, right_context : int
+        Of a streaming model, in positions: it takes `chunk` positions at a time, which see each other, the
+        `left_context` positions before them and the `right_context` positions after them. 0 where all are seen at once.
+    position_seconds : float
+        How much of a recording a position stands for; 0 where that is not said.
+    companions : tuple of Companion
+        Parts of the whole product beside this model.
     source : str
         Where the numbers are from.
     """
@@ -91,6 +123,13 @@ class ModelConfig:
     embedding_norm: bool = False
     final_norm: bool = True
     head: bool = False
+    d_out: int = 0
+    stack: int = 0
+    chunk: int = 0
+    left_context: int = 0
+    right_context: int = 0
+    position_seconds: float = 0.0
+    companions: tuple[Companion, ...] = ()
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -113,12 +152,44 @@ class ModelConfig:
         return self.kv_heads * self.head_dim
 
     @property
+    def reads(self) -> str:
+        """Tokens, frames or patches."""
+        return "frames" if self.stem == "stacked" else self.stem
+
+    @property
+    def reduction(self) -> int:
+        """Rows that enter the stem for each position that leaves it."""
+        return self.stack if self.stem == "stacked" else math.prod(self.strides)
+
+    @property
+    def streams(self) -> bool:
+        """The input is taken chunk by chunk, and keys and values of earlier chunks are kept."""
+        return self.chunk > 0
+
+    @property
+    def own_cache(self) -> int:
+        """The most positions of the cache that a streaming pass makes for itself and compacts whenever it is full."""
+        return self.left_context + self.compacted_chunks * self.chunk
+
+    @property
+    def compacted_chunks(self) -> int:
+        """Chunks that fit behind the left context once such a cache is compacted: what is moved never overlaps."""
+        return -(-self.left_context // self.chunk) + 1
+
+    @property
+    def chunk_seconds(self) -> float:
+        """How much of a recording a chunk stands for."""
+        return self.chunk * self.position_seconds
+
+    @property
     def generates(self) -> bool:
         """A causal language model: it can continue a text, token by token."""
         return self.causal and self.head
 
     def check_cache(self, causal: bool) -> None:
         """Raise ConfigError where keys and values of past positions cannot be kept."""
+        if self.streams:
+            return
         if not causal:
             raise ConfigError(f"{self.name} is not causal: earlier positions change with later ones, so no cache fits")
         if self.recipe == "conformer" or self.position == "relative":
@@ -126,19 +197,37 @@ class ModelConfig:
         if self.stem != "tokens":
             raise ConfigError(f"{self.name} reads {self.stem}, not tokens: it has no decode phase")
 
+    def check_chunks(self, seq: Any, past: Any = 0) -> None:
+        """Raise ConfigError where a streaming model cannot take `seq` positions behind `past` earlier ones."""
+        if hasattr(seq, "free_symbols") or hasattr(past, "free_symbols"):
+            raise UnsupportedError(f"{self.name} runs in chunks, whose number takes figures, not symbols")
+        if _some(past > self.left_context):
+            raise ConfigError(f"kv_len is {past}; {self.name} sees no more than {self.left_context} earlier positions")
+        if _some((past == 0) & (seq < self.chunk)):
+            raise ConfigError(
+                f"{seq} positions do not fill the first chunk: {self.name} takes {self.chunk} at a time, that is "
+                f"{self.stem_length(self.chunk)} rows with the right context"
+            )
+
     def stem_length(self, seq: Any) -> Any:
-        """Rows that enter the stem so that `seq` positions leave it."""
+        """Rows that enter the stem so that `seq` positions leave it; of a streaming model with its right context."""
+        return seq - 1 if self.stem == "patches" else (seq + self.right_context) * self.reduction
+
+    def positions(self, rows: int) -> int:
+        """Positions that leave the stem when `rows` enter, without the right context."""
         if self.stem == "patches":
-            return seq - 1
+            return rows + 1
+        if self.stem == "stacked":
+            return rows // self.stack - self.right_context
         for stride in self.strides:
-            seq = seq * stride
-        return seq
+            rows = -(-rows // stride)
+        return rows
 
 
 def _check_config(config: ModelConfig) -> None:
     for name in ("layers", "d_model", "heads", "d_ff", "kv_heads", *_needed_sizes(config)):
         _check_size(name, getattr(config, name), least=1)
-    for name in ("head_dim", "vocab", "features", "conv_kernel", "max_positions", "token_types"):
+    for name in _SIZES:
         _check_size(name, getattr(config, name), least=0)
     if not config.head_dim and config.d_model % config.heads:
         raise ConfigError(
@@ -151,6 +240,31 @@ def _check_config(config: ModelConfig) -> None:
     head_dim = config.head_dim or config.d_model // config.heads
     if config.position == "rotary" and head_dim % 2:
         raise ConfigError(f"rotary positions need an even head width; it is {head_dim}")
+    if config.stem == "stacked" and config.d_model % config.stack:
+        raise ConfigError(f"stack={config.stack} does not divide d_model={config.d_model}: choose a divisor")
+    if config.head and config.d_out:
+        raise ConfigError("a model has a language head or a last linear map of width d_out, not both")
+    _check_streaming(config)
+
+
+_SIZES = (
+    "head_dim", "vocab", "features", "conv_kernel", "max_positions", "token_types", "d_out", "stack", "chunk",
+    "left_context", "right_context",
+)  # fmt: skip
+
+
+def _check_streaming(config: ModelConfig) -> None:
+    """The Emformer takes chunks and nothing else does; its keys know no position and no order."""
+    if config.recipe == "emformer":
+        if (config.stem, config.position, config.causal) != ("stacked", "none", False):
+            raise ConfigError("recipe 'emformer' needs stem 'stacked', position 'none' and causal false")
+    elif config.chunk or config.left_context or config.right_context:
+        raise ConfigError(f"chunk, left_context and right_context belong to recipe 'emformer', not '{config.recipe}'")
+
+
+def _some(condition: Any) -> bool:
+    """Whether a condition holds, for any element where it is an array."""
+    return bool(condition.any() if hasattr(condition, "any") else condition)
 
 
 def _needs_all_positions(config: ModelConfig) -> str:
@@ -162,6 +276,10 @@ def _needed_sizes(config: ModelConfig) -> list[str]:
     needed = ["vocab" if config.stem == "tokens" else "features"]
     if config.recipe == "conformer":
         needed.append("conv_kernel")
+    if config.recipe == "emformer":
+        needed.append("chunk")
+    if config.stem == "stacked":
+        needed.append("stack")
     if config.position in ("learned", "sinusoidal"):
         needed.append("max_positions")
     return needed
@@ -219,6 +337,14 @@ class Workload:
 
     def check(self, config: ModelConfig) -> None:
         """Raise ConfigError where the model cannot do this work."""
+        if config.streams:
+            if self.is_causal(config):
+                raise ConfigError(f"{config.name} sees whole chunks and the right context: causal must be false")
+            config.check_chunks(self.seq, self.kv_len)
+            if self.steps > 1 and _some(self.seq % config.chunk != 0):
+                raise ConfigError(
+                    f"seq is {self.seq}; only the last chunk may be shorter: give a multiple of {config.chunk}"
+                )
         if self.fills_cache:
             config.check_cache(self.is_causal(config))
 
@@ -231,7 +357,12 @@ class Workload:
 def presets() -> dict[str, ModelConfig]:
     """Model shapes by name, from ``presets.toml``."""
     table = tomllib.loads(resources.files("refimpl").joinpath("presets.toml").read_text("utf-8"))
-    return {name: ModelConfig(name=name, **entry) for name, entry in table.items()}
+    return {name: _from_table(name, entry) for name, entry in table.items()}
+
+
+def _from_table(name: str, entry: dict[str, Any]) -> ModelConfig:
+    companions = tuple(Companion(**one) for one in entry.pop("companions", ()))
+    return ModelConfig(name=name, companions=companions, **entry)
 
 
 def preset(name: str) -> ModelConfig:

@@ -1,11 +1,16 @@
 """The Transformer forward pass: stem, layers of (attention sublayer, feed-forward sublayer), head.
 
-Three layer recipes; the method decides what happens inside a sublayer:
+Four layer recipes; the method decides what happens inside a sublayer:
 
     post-norm (BERT)     x = norm(x + attention(x));       x = norm(x + feed_forward(x))
     pre-norm (Whisper)   x = x + attention(norm(x));       x = x + feed_forward(norm(x))
     conformer            x = x + feed_forward(norm(x)) / 2; x = x + attention(norm(x)); x = x + convolution(norm(x));
                          x = norm(x + feed_forward(norm(x)) / 2)
+    emformer             as pre-norm, then x = norm(x)
+
+The Emformer (arXiv 2010.10759) streams: it takes its input chunk by chunk. The rows of a chunk and of the right context
+behind it pass the layers together and see each other and the left context, whose keys and values a cache holds; the
+rows of the right context give no output and leave nothing in the cache.
 """
 
 from __future__ import annotations
@@ -18,11 +23,11 @@ from typing import Any
 import numpy as np
 
 from refimpl.cache import Cache
-from refimpl.components import CONVOLUTION, NORM, RESIDUAL, STEM
+from refimpl.components import CONVOLUTION, HEAD, NORM, RESIDUAL, STEM
 from refimpl.config import ModelConfig
 from refimpl.engines import engine as get_engine
 from refimpl.engines.protocol import Array, Engine
-from refimpl.errors import InputError, ShapeError
+from refimpl.errors import ConfigError, InputError, ShapeError
 from refimpl.methods import method as catalogue_row
 from refimpl.methods import parameters
 from refimpl.methods.dense import Dense
@@ -76,7 +81,8 @@ def forward(
     model : Model
         From ``refimpl.load_model``.
     inputs : array
-        What the model's stem reads: ids (B, T), frames (B, rows, features) or patches (B, T - 1, features).
+        What the model's stem reads: ids (B, T), frames (B, rows, features) or patches (B, T - 1, features). A streaming
+        model takes any number of chunks, of which the last may be shorter, and the right context of the last.
     method, params
         A name of the catalogue and its parameters. What the method has to find first (a sharing strategy) it finds on
         these inputs.
@@ -88,7 +94,8 @@ def forward(
     record : bool, default True
         Note every op; without it only the total is timed.
     cache : Cache, optional
-        From `Runner.new_cache`: keys and values of earlier positions, behind which these are appended.
+        From `Runner.new_cache`: keys and values of earlier positions, behind which these are appended. A streaming
+        model makes its own where none is given.
 
     Raises
     ------
@@ -175,6 +182,8 @@ class Runner:
     ) -> Cache:
         """An empty cache for `capacity` positions of `batch` sequences under a method.
 
+        That of a streaming model has room for the right context beside them.
+
         Raises
         ------
         ConfigError
@@ -182,7 +191,12 @@ class Runner:
         """
         self.config.check_cache(causal=True)
         ready = self.prepare(method, params) if isinstance(method, str) else method
-        return Cache(self.engine, ready.program().stored(), batch, capacity, self._dtype)
+        return self._cache(ready.program(), capacity, batch)
+
+    def _cache(self, steps: Dense, capacity: int, batch: int, room: int = 0) -> Cache:
+        config = self.config
+        window = config.left_context if config.streams else None
+        return Cache(self.engine, steps.stored(), batch, capacity, self._dtype, window, config.right_context, room)
 
     def __call__(
         self,
@@ -199,8 +213,37 @@ class Runner:
         check_inputs(self.config, inputs)
         if isinstance(method, str):
             method = self.prepare(method, params, inputs)
-        steps, weights = (method.program(), method.weights) if isinstance(method, Prepared) else (method, self.weights)
         causal = self.config.causal if causal is None else causal
+        if not self.config.streams:
+            return self._pass(inputs, method, causal, mask, record, cache)
+        if causal or mask is not None:
+            raise ConfigError(f"{self.config.name} sees whole chunks: neither a causal mask nor another one fits")
+        return self._stream(inputs, method, record, cache)
+
+    def _stream(self, inputs: Array, method: Prepared | Dense, record: bool, cache: Cache | None) -> Run:
+        """Chunk after chunk of a streaming model, each a pass of its own."""
+        config, length = self.config, sequence_length(self.config, inputs)
+        if not isinstance(method, Prepared) and length > config.chunk:
+            raise ConfigError(f"{config.name} runs in chunks of {config.chunk}; a bare program runs one of them")
+        program = method.program() if isinstance(method, Prepared) else method
+        if cache is None:
+            cache = self._cache(program, config.own_cache, len(inputs), room=config.chunk)
+        cache.check(program.stored(), len(inputs), length)  # before the first chunk changes it
+        if cache.length == 0:
+            config.check_chunks(length)
+        runs = []
+        for first in range(0, length, config.chunk):
+            stop = min(first + config.chunk, length)
+            chunk = inputs[:, first * config.stack : config.stem_length(stop), :]  # (B, rows, features)
+            runs.append(self._pass(chunk, method, False, None, record, cache))
+        return _joined(runs)
+
+    def _pass(
+        self, inputs: Array, method: Prepared | Dense, causal: bool, mask: Array | None, record: bool,
+        cache: Cache | None,
+    ) -> Run:  # fmt: skip
+        """All positions at once, or one chunk."""
+        steps, weights = (method.program(), method.weights) if isinstance(method, Prepared) else (method, self.weights)
         length, first = sequence_length(self.config, inputs), 0
         if cache is not None:
             self.config.check_cache(causal)
@@ -213,14 +256,21 @@ class Runner:
         recorder = Recorder(self.engine) if record else None
         at: At = recorder.at if recorder else lambda component: self.engine
         start = self.engine.mark()
+        if cache is not None:
+            cache.make_room(at)
         x = self._stem(at, x, first)
         for index, of_layer in enumerate(weights.layers):
             layer = Layer(index, self.config, of_layer, causal, mask, tables, cache)
             x = LAYERS[self.config.recipe](at, x, layer, steps)
+        if self.config.right_context:
+            x = x[:, :length, :]  # (B, T, d)
         if self.config.final_norm:
             x = _norm(at, x, weights.final_norm, self.config)
         if self.config.head:
             x = steps.head(at, x, weights.stem.embedding)
+        if self.config.d_out:
+            x = at(HEAD).linear(x, weights.output.weight, weights.output.bias)  # (B, T, d_out)
+            x = _norm(at, x, weights.output_norm, self.config)
         stop = self.engine.mark()
         if cache is not None:
             cache.advance(length)
@@ -237,14 +287,18 @@ class Runner:
         causal: bool | None = None,
         record: bool = True,
     ) -> Run:
-        """Feed tokens one by one: ids (B, steps) -> logits (B, steps, V); seconds and calls of all steps together."""
+        """Feed tokens one by one: ids (B, steps) -> logits (B, steps, V); seconds and calls of all steps together.
+
+        A streaming model is fed chunk by chunk: frames as `forward` takes them -> (B, T, d_out).
+        """
         ready = self.prepare(method, params, ids) if isinstance(method, str) else method
+        if self.config.streams:
+            return self(ids, ready, causal=causal, record=record, cache=cache)
         runs = [
             self(ids[:, step : step + 1], ready, causal=causal, record=record, cache=cache)
             for step in range(ids.shape[1])
         ]
-        output = np.concatenate([run.output for run in runs], axis=1)  # (B, steps, V)
-        return Run(output, sum(run.seconds for run in runs), [call for run in runs for call in run.calls])
+        return _joined(runs)
 
     def _stem(self, at: At, x: Array, first: int) -> Array:
         """Inputs to hidden states (B, T, d), of which the first is at position `first`."""
@@ -257,6 +311,9 @@ class Runner:
             h = x
             for convolution, stride in zip(stem.convolutions, self.config.strides, strict=True):
                 h = getattr(ops, self.config.activation)(ops.conv1d(h, convolution.weight, convolution.bias, stride))
+        elif self.config.stem == "stacked":
+            h = ops.linear(x, stem.frames.weight)  # (B, rows, d / stack)
+            h = ops.reshape(h, (x.shape[0], x.shape[1] // self.config.stack, self.config.d_model))  # (B, T, d)
         else:
             patches = ops.linear(x, stem.patches.weight, stem.patches.bias)  # (B, T - 1, d)
             ids = self.engine.asarray(np.zeros((x.shape[0], 1), np.int64))
@@ -302,7 +359,16 @@ def _conformer_layer(at: At, x: Array, layer: Layer, steps: Dense) -> Array:
     return _norm(at, half_step(x, w.feed_forward_norm, w.feed_forward), w.final_norm, config)
 
 
-LAYERS = {"post-norm": _post_norm_layer, "pre-norm": _pre_norm_layer, "conformer": _conformer_layer}
+def _emformer_layer(at: At, x: Array, layer: Layer, steps: Dense) -> Array:
+    return _norm(at, _pre_norm_layer(at, x, layer, steps), layer.weights.final_norm, layer.config)
+
+
+LAYERS = {
+    "post-norm": _post_norm_layer,
+    "pre-norm": _pre_norm_layer,
+    "conformer": _conformer_layer,
+    "emformer": _emformer_layer,
+}
 
 
 def _convolution(at: At, x: Array, w: Weights, config: ModelConfig) -> Array:
@@ -320,24 +386,25 @@ def _norm(at: At, x: Array, w: Weights, config: ModelConfig) -> Array:
     return at(NORM).layer_norm(x, w.weight, w.bias, config.eps)
 
 
+def _joined(runs: list[Run]) -> Run:
+    """Runs of consecutive positions as one."""
+    output = np.concatenate([run.output for run in runs], axis=1)  # (B, T, d)
+    return Run(output, sum(run.seconds for run in runs), [call for run in runs for call in run.calls])
+
+
 # --- inputs and tables ------------------------------------------------------------------------------------------
 
 
 def sequence_length(config: ModelConfig, inputs: Array) -> int:
     """T, the positions that leave the stem."""
-    length = int(inputs.shape[1])
-    if config.stem == "patches":
-        return length + 1
-    for stride in config.strides:
-        length = -(-length // stride)
-    return length
+    return config.positions(int(inputs.shape[1]))
 
 
 def check_inputs(config: ModelConfig, inputs: Array) -> None:
     """Raise ShapeError or InputError where `inputs` do not fit the model's stem."""
     wanted = "(B, T) ids" if config.stem == "tokens" else f"(B, rows, {config.features})"
     if inputs.ndim != (2 if config.stem == "tokens" else 3) or 0 in inputs.shape[1:]:
-        raise ShapeError(f"inputs have shape {inputs.shape}; {config.name} reads {config.stem}: {wanted}")
+        raise ShapeError(f"inputs have shape {inputs.shape}; {config.name} reads {config.reads}: {wanted}")
     if config.stem == "tokens":
         if inputs.dtype.kind not in "iu":
             raise InputError(f"inputs are {inputs.dtype}; token ids must be whole numbers")
@@ -345,6 +412,11 @@ def check_inputs(config: ModelConfig, inputs: Array) -> None:
             raise InputError(f"token ids must lie in 0 to {config.vocab - 1}; given {inputs.min()} to {inputs.max()}")
     elif inputs.shape[2] != config.features:
         raise ShapeError(f"inputs have {inputs.shape[2]} features; {config.name} reads {config.features}")
+    elif config.stem == "stacked" and (inputs.shape[1] % config.stack or sequence_length(config, inputs) < 1):
+        raise ShapeError(
+            f"inputs have {inputs.shape[1]} rows; {config.name} reads {config.stack} a position: give "
+            f"{config.stack} (T + {config.right_context}) for T positions"
+        )
     elif not np.isfinite(inputs).all():
         raise InputError("inputs hold NaN or infinite values")
 

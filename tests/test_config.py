@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 
-from refimpl.config import ModelConfig, Workload, config_from_huggingface, override, preset, presets
+from refimpl.config import SYMBOLS_PER_SECOND, ModelConfig, Workload, config_from_huggingface, override, preset, presets
 from refimpl.errors import ConfigError, EffrefError
 from refimpl.weights import load_model, resolve_config
 
 SMALL: dict[str, Any] = {"name": "small", "recipe": "pre-norm", "layers": 2, "d_model": 12, "heads": 4, "d_ff": 8}
 SMALL["vocab"] = 5
+STREAM: dict[str, Any] = {
+    "recipe": "emformer", "stem": "stacked", "features": 3, "stack": 2, "chunk": 4, "head_dim": 2, "d_model": 8,
+}  # fmt: skip
 
 
 # --- ModelConfig ------------------------------------------------------------------------------------------------
@@ -39,6 +42,17 @@ def test_derived_sizes_follow() -> None:
         ({"position": "relative", "kv_heads": 2}, "kv_heads equal to heads"),
         ({"position": "rotary"}, "even head width; it is 3"),
         ({"vocab": 0}, "vocab is 0"),
+        ({"chunk": 4}, "belong to recipe 'emformer', not 'pre-norm'"),
+        ({"right_context": 1}, "belong to recipe 'emformer', not 'pre-norm'"),
+        ({"stem": "stacked", "features": 3}, "stack is 0"),
+        ({"stem": "stacked", "features": 3, "stack": 5}, "stack=5 does not divide d_model=12"),
+        ({"d_out": -1}, "d_out is -1"),
+        ({"d_out": 7, "head": True}, "not both"),
+        ({"recipe": "emformer"}, "chunk is 0"),
+        ({"recipe": "emformer", "chunk": 4, "left_context": -1}, "left_context is -1"),
+        ({"recipe": "emformer", "chunk": 4}, "needs stem 'stacked', position 'none' and causal false"),
+        ({**STREAM, "causal": True}, "needs stem 'stacked', position 'none' and causal false"),
+        ({**STREAM, "position": "rotary"}, "needs stem 'stacked', position 'none' and causal false"),
     ],
 )
 def test_impossible_shapes_are_refused(changes: dict[str, Any], said: str) -> None:
@@ -51,6 +65,19 @@ def test_stem_length_is_what_enters_the_stem() -> None:
     assert preset("whisper-tiny-en").stem_length(1500) == 3000
     assert preset("deit-s").stem_length(197) == 196
     assert preset("gpt2").stem_length(7) == 7
+    assert preset("emformer-rnnt-base").stem_length(4) == (4 + 1) * 4
+
+
+@pytest.mark.parametrize("name", presets())
+def test_positions_are_what_leaves_the_stem(name: str) -> None:
+    config = preset(name)
+    assert config.positions(config.stem_length(9)) == 9
+    assert (config.reads == config.stem) == (config.stem != "stacked")
+
+
+def test_positions_round_up_behind_strides_and_down_behind_stacks() -> None:
+    assert preset("conformer-m").positions(9) == 3
+    assert preset("emformer-rnnt-base").positions(23) == 5 - 1
 
 
 # --- presets ----------------------------------------------------------------------------------------------------
@@ -60,6 +87,16 @@ def test_stem_length_is_what_enters_the_stem() -> None:
 def test_presets_name_their_source(name: str) -> None:
     assert preset(name).source
     assert preset(name).name == name
+
+
+def test_a_streaming_preset_says_how_long_a_chunk_is_and_what_goes_with_it() -> None:
+    config = preset("emformer-rnnt-base")
+    assert (config.streams, preset("conformer-m").streams) == (True, False)
+    assert config.chunk_seconds == pytest.approx(0.160)
+    symbols = SYMBOLS_PER_SECOND * config.chunk_seconds
+    assert {one.name: one.calls_per_chunk for one in config.companions} == pytest.approx(
+        {"predictor": symbols, "joiner": config.chunk + symbols}
+    )
 
 
 def test_preset_suggests_a_name() -> None:

@@ -178,7 +178,8 @@ def test_formula_tables_equal_the_cost_model(what: str, rows: list[list[str]]) -
     method, *settings = what.split()
     given = dict(setting.split("=") for setting in settings)
     layer, position, only = int(given.pop("layer", 1)), given.pop("position", "none"), given.pop("only", None)
-    for bias, causal, (heads, reused) in itertools.product((0, 1), (False, True), head_counts(given)):
+    masks = (constant(given.pop("causal")),) if "causal" in given else (False, True)
+    for bias, causal, (heads, reused) in itertools.product((0, 1), masks, head_counts(given)):
         letters = {"B": B, "T": T, "N": T * (T + 1) / 2 if causal else T * T, "d": d, "D": D, "bias": bias}
         letters |= {"R": T if causal else 2 * T - 1}  # offsets of relative positions that meet a key
         letters |= {"H": heads, "P": reused, "Hkv": heads if position == "relative" or reused else HKV}

@@ -54,6 +54,14 @@ class Dense:
         """Weights of the attention sublayers of all layers."""
         return self.setting.config.layers * steps.attention_parameters(self.setting.config)
 
+    def copied_parameters(self) -> Quantity:
+        """Weights that memory holds once more while the method runs, though they are kept once."""
+        return 0
+
+    def index_bytes(self) -> Quantity:
+        """Bytes kept beside the weights to say which are used where."""
+        return 0
+
     def feed_forward_parameters(self) -> Quantity:
         """Weights of the feed-forward sublayers of all layers."""
         c = self.setting.config
@@ -66,6 +74,14 @@ class Dense:
     def attention_live(self) -> list[Quantity]:
         """Elements alive at the fullest moments of an attention sublayer."""
         return memory.materialised(self.setting)
+
+    def feed_forward_live(self) -> list[Quantity]:
+        """Elements alive at the fullest moments of a feed-forward sublayer."""
+        return [memory.feed_forward(self.setting)]
+
+    def mask_bytes(self) -> Quantity:
+        """Bytes of the masks that the method makes for a pass."""
+        return 0
 
     def held(self) -> Quantity:
         """Elements that the method keeps between sublayers, at most."""

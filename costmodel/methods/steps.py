@@ -19,6 +19,9 @@ class Setting:
     causal: int
     past: Quantity = 0  # positions that the cache holds before
     cached: bool = False  # new keys and values are appended to a cache
+    ahead: Quantity = 0  # of the T, the last ones that only look ahead: they give no output and are not kept
+    moved: Quantity = 0  # positions in the cache that are moved to its front first
+    calls: Quantity = 1  # how often a step like this one runs
 
     @property
     def S(self) -> Quantity:
@@ -29,6 +32,11 @@ class Setting:
     def rows(self) -> Quantity:
         """B T."""
         return self.B * self.T
+
+    @property
+    def outputs(self) -> Quantity:
+        """Rows that leave the last layer."""
+        return self.B * (self.T - self.ahead)
 
     @property
     def bias(self) -> int:

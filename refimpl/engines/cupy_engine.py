@@ -76,6 +76,9 @@ class CupyEngine(NumpyEngine):
         batch, heads, length, width = x.shape
         return x.transpose(0, 2, 1, 3).reshape(batch, length, heads * width)
 
+    def reshape(self, x: Array, shape: tuple[int, ...]) -> Array:
+        return x.reshape(shape)
+
     # --- linear maps --------------------------------------------------------------------------------------------
 
     def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
@@ -110,6 +113,19 @@ class CupyEngine(NumpyEngine):
         kernel, width = weight.shape[0], x.shape[-1]
         operands = self._operand(x, weight, (kernel, width)), self._operand(x, bias, (width,))
         return self._by_rows("depthwise", x, operands, x.shape[1], kernel)
+
+    def block_linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+        blocks, d_out, d_in = weight.shape
+        if x.shape[-1] != blocks * d_in:
+            raise ShapeError(f"x has shape {x.shape}; the weight {weight.shape} needs rows of {blocks * d_in}")
+        out = self.xp.empty((*x.shape[:-1], blocks * d_out), x.dtype)
+        if bias is not None:
+            out[...] = self._operand(x, bias, (blocks * d_out,))  # the products are added to it
+        rows = math.prod(x.shape[:-1])
+        parts = x.reshape(rows, blocks, d_in).transpose(1, 0, 2)  # (n, rows, q)
+        products = out.reshape(rows, blocks, d_out).transpose(1, 0, 2)  # (n, rows, p)
+        self._multiply(parts, weight, products, transposed=True, beta=float(bias is not None))
+        return out
 
     # --- norms --------------------------------------------------------------------------------------------------
 
@@ -180,6 +196,14 @@ class CupyEngine(NumpyEngine):
 
     def concat(self, parts: tuple[Array, ...], axis: int) -> Array:
         return self.xp.concatenate(list(parts), axis=axis)
+
+    def append(self, store: Array, new: Array, start: int) -> Array:
+        stop = start + new.shape[2]
+        if start < 0 or stop > store.shape[2]:
+            raise ShapeError(f"append: rows {start} to {stop - 1} of new {new.shape} are not in store {store.shape}")
+        rows = store[:, :, start:stop]
+        rows[...] = self._operand(store, new, rows.shape)
+        return store[:, :, :stop]
 
     def erf(self, x: Array) -> Array:
         return import_module("cupyx.scipy.special").erf(x)

@@ -7,6 +7,7 @@ may lie in memory as (B, T, H, D).
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.engines.buffers import Buffers
-from refimpl.engines.numba_kernels import check, convolution, elementwise, layout, rows, threads
+from refimpl.engines.numba_kernels import check, convolution, elementwise, few_rows, layout, rows, threads
 from refimpl.engines.numba_kernels.attention import fused_attention, fused_relative_attention
 from refimpl.errors import ShapeError
 
@@ -66,6 +67,9 @@ class NumbaEngine:
         batch, heads, length, width = x.shape
         return x.transpose(0, 2, 1, 3).reshape(batch, length, heads * width)
 
+    def reshape(self, x: Array, shape: tuple[int, ...]) -> Array:
+        return x.reshape(shape)
+
     # --- linear maps ----------------------------------------------------------------------------------------
 
     def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
@@ -73,12 +77,18 @@ class NumbaEngine:
         fits = fits and (bias is None or bias.shape == weight.shape[:1])
         expected = "x (..., d_in), weight (d_out, d_in), bias (d_out,)"
         check.expect("linear", expected, fits, x=x, weight=weight, bias=bias)
-        y = self._empty((*x.shape[:-1], weight.shape[0]), x)  # (..., d_out)
+        d_out, d_in = weight.shape
+        y = self._empty((*x.shape[:-1], d_out), x)  # (..., d_out)
         n_rows = math.prod(x.shape[:-1])
-        flat = y.reshape(n_rows, weight.shape[0])
-        np.matmul(x.reshape(n_rows, weight.shape[1]), weight.T, out=flat)
+        flat_x, flat_y = x.reshape(n_rows, d_in), y.reshape(n_rows, d_out)
+        if n_rows <= layout.FEW_ROWS and layout.readable(weight) is weight:
+            bias = weight[:0, 0] if bias is None else layout.readable(bias)
+            parts = layout.count(-(-d_out // few_rows.UNIT), weight.size)
+            few_rows.kernel_linear(layout.readable(flat_x), weight, bias, flat_y, parts)
+            return y
+        np.matmul(flat_x, weight.T, out=flat_y)
         if bias is not None:
-            self._add_bias(flat, bias)
+            self._add_bias(flat_y, bias)
         return y
 
     def project(self, x: Array, weight: Array, bias: Array | None, widths: tuple[int, ...]) -> tuple[Array, ...]:
@@ -86,8 +96,8 @@ class NumbaEngine:
             message = f"project: weight {weight.shape} has rows for {len(weight)} columns; widths are {widths}"
             raise ShapeError(message)
         y = self.linear(x, weight, bias)  # (..., sum of widths)
-        stops = np.cumsum(widths).tolist()
-        return tuple(y[..., stop - width : stop] for width, stop in zip(widths, stops, strict=True))
+        stops = itertools.accumulate(widths)
+        return tuple([y[..., stop - width : stop] for width, stop in zip(widths, stops, strict=True)])
 
     def conv1d(self, x: Array, weight: Array, bias: Array, stride: int) -> Array:
         fits = x.ndim == weight.ndim == 3 and x.shape[2] == weight.shape[2] and bias.shape == weight.shape[:1]
@@ -115,6 +125,25 @@ class NumbaEngine:
             length, width, channels, tiles, layout.count(tiles, out.size),
         )  # fmt: skip
         return out
+
+    def block_linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+        blocks, d_out, d_in = weight.shape if weight.ndim == 3 else (0, 0, 0)
+        fits = weight.ndim == 3 and x.shape[-1:] == (blocks * d_in,)
+        fits = fits and (bias is None or bias.shape == (blocks * d_out,))
+        expected = "x (..., n q), weight (n, p, q), bias (n p,)"
+        check.expect("block_linear", expected, fits, x=x, weight=weight, bias=bias)
+        y = self._empty((*x.shape[:-1], blocks * d_out), x)
+        n_rows = math.prod(x.shape[:-1])
+        flat_x, flat_y = x.reshape(n_rows, blocks * d_in), y.reshape(n_rows, blocks * d_out)
+        parts = [flat_x[:, c * d_in : (c + 1) * d_in] for c in range(blocks)]
+        if n_rows <= layout.FEW_ROWS:  # `linear` reads weights once
+            np.concatenate([self.linear(part, block) for part, block in zip(parts, weight, strict=True)], 1, out=flat_y)
+        else:
+            for c, part in enumerate(parts):
+                np.matmul(part, weight[c].T, out=flat_y[:, c * d_out : (c + 1) * d_out])
+        if bias is not None:
+            self._add_bias(flat_y, bias)
+        return y
 
     def embedding(self, table: Array, ids: Array) -> Array:
         check.expect("embedding", "table (V, d)", table.ndim == 2, table=table)
@@ -201,6 +230,15 @@ class NumbaEngine:
         out = self._empty((*others[0][0], length, *others[0][1]), parts[0])
         return np.concatenate(parts, axis=axis, out=out)
 
+    def append(self, store: Array, new: Array, start: int) -> Array:
+        fits = store.ndim == new.ndim == 4 and store.shape[:2] == new.shape[:2] and store.shape[3] == new.shape[3]
+        stop = start + new.shape[2] if fits else 0
+        fits = fits and start >= 0 and stop <= store.shape[2]
+        expected = f"store (B, Hkv, S, D), new (B, Hkv, T, D), {start} + T <= S"
+        check.expect("append", expected, fits, store=store, new=new)
+        store[:, :, start:stop] = new
+        return store[:, :, :stop]
+
     # --- attention ------------------------------------------------------------------------------------------
 
     def scores(self, q: Array, k: Array, scale: float, causal: bool = False, mask: Array | None = None) -> Array:
@@ -210,13 +248,16 @@ class NumbaEngine:
         s = self._empty((*q.shape[:3], k_len), q)  # (B, H, Tq, Tk)
         if s.size == 0:
             return s
-        scaled = np.multiply(q, q.dtype.type(scale), out=self._heads(q, q.shape[3]))
-        keys = k.swapaxes(2, 3)  # (B, Hkv, D, Tk)
-        for first, last, seen in layout.query_blocks(q_len, k_len, causal):
-            layout.grouped_product(scaled[:, :, first:last], keys[..., :seen], s[:, :, first:last, :seen])
         n_rows = math.prod(s.shape[:3])
         parts = layout.count(n_rows, s.size)
-        if causal:
+        if layout.few_queries(q, k):
+            self._few_scores(q, k, scale, s)
+        else:
+            scaled = np.multiply(q, q.dtype.type(scale), out=self._heads(q, q.shape[3]))
+            keys = k.swapaxes(2, 3)  # (B, Hkv, D, Tk)
+            for first, last, seen in layout.query_blocks(q_len, k_len, causal):
+                layout.grouped_product(scaled[:, :, first:last], keys[..., :seen], s[:, :, first:last, :seen])
+        if causal and q_len > 1:
             rows.kernel_hide_future(s.reshape(-1), k_len, q_len, n_rows, parts)
         if mask is not None:
             flat, strides = layout.flat(layout.whole_rows(mask, s.shape))
@@ -253,6 +294,13 @@ class NumbaEngine:
         expected = "weights (B, H, Tq, Tk), v (B, Hkv, Tk, D), H a multiple of Hkv"
         check.expect("weighted_sum", expected, fits, weights=weights, v=v)
         out = self._heads(weights, v.shape[3])  # (B, H, Tq, D)
+        causal = causal and weights.shape[2] > 1  # one query sees all keys
+        if not causal and layout.few_queries(weights, v):
+            p, v = np.ascontiguousarray(weights), layout.readable(v)
+            ranges = layout.key_ranges(v, few_rows.KEYS)
+            parts = layout.count(v.shape[0] * v.shape[1] * ranges, v.size)
+            few_rows.kernel_weighted_sum(p, v, out, ranges, parts)
+            return out
         if not causal:
             layout.grouped_product(weights, v, out)
             return out
@@ -309,6 +357,14 @@ class NumbaEngine:
         """An array (B, H, Tq, width) that lies in memory as (B, Tq, H, width): merging its heads is free."""
         batch, heads, length, _ = q.shape
         return self._empty((batch, length, heads, width), q).transpose(0, 2, 1, 3)
+
+    def _few_scores(self, q: Array, k: Array, scale: float, s: Array) -> None:
+        """Set the scores of few queries: keys pass once."""
+        k = layout.readable(layout.batched(k, q))
+        scaled = np.multiply(q, q.dtype.type(scale), out=np.empty(q.shape, q.dtype))
+        ranges = layout.key_ranges(k, few_rows.KEYS)
+        parts = layout.count(k.shape[0] * k.shape[1] * ranges, k.size)
+        few_rows.kernel_scores(scaled, k, s, ranges, parts)
 
     def _causal_sum(self, weights: Array, v: Array, out: Array) -> None:
         """One block of causal sums: weights (B, H, m, n) whose last m columns are a triangle, v (B, Hkv, n, D)."""

@@ -47,6 +47,9 @@ class NumpyEngine:
         batch, heads, length, width = x.shape
         return self.xp.reshape(self.xp.permute_dims(x, (0, 2, 1, 3)), (batch, length, heads * width))
 
+    def reshape(self, x: Array, shape: tuple[int, ...]) -> Array:
+        return self.xp.reshape(x, shape)
+
     # --- linear maps --------------------------------------------------------------------------------------------
 
     def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
@@ -77,6 +80,12 @@ class NumpyEngine:
         for tap in range(kernel):
             y = y + padded[:, tap : tap + length, :] * weight[tap, :]  # (B, T, d)
         return y
+
+    def block_linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+        blocks, _, d_in = weight.shape
+        parts = self.xp.reshape(x, (*x.shape[:-1], blocks, d_in))  # (..., n, q)
+        y = self.xp.concat([self.linear(parts[..., c, :], weight[c, :, :]) for c in range(blocks)], axis=-1)
+        return y if bias is None else y + bias
 
     def _pad_time(self, x: Array, kernel: int) -> Array:
         before = (kernel - 1) // 2
@@ -162,12 +171,13 @@ class NumpyEngine:
         q_len, k_len = q.shape[2], k.shape[2]
         if not causal:
             s = self._products(q * scale, k)  # (B, H, Tq, Tk)
-        else:
-            s = self.xp.full((*q.shape[:3], k_len), -math.inf, dtype=q.dtype)
-            for i, seen in visible_keys(q_len, k_len):
-                row = q[:, :, i : i + 1, :] * scale
-                s[:, :, i : i + 1, :seen] = self._products(row, k[:, :, :seen, :])
-        return s if mask is None else self._hide(s, mask)
+            return s if mask is None else self._hide(s, mask)
+        s = self.xp.full((*q.shape[:3], k_len), -math.inf, dtype=q.dtype)
+        for i, seen in visible_keys(q_len, k_len):
+            row = slice(i, i + 1)
+            products = self._products(q[:, :, row, :] * scale, k[:, :, :seen, :])  # (B, H, 1, seen)
+            s[:, :, row, :seen] = products if mask is None else self._hide(products, _mask_part(mask, row, seen))
+        return s
 
     def add_relative(self, scores: Array, position: Array) -> Array:
         length = scores.shape[2]

@@ -42,6 +42,9 @@ class Engine(Protocol):
     def merge_heads(self, x: Array) -> Array:
         """(B, H, T, D) as (B, T, H D): a view where the op before wrote it that way."""
 
+    def reshape(self, x: Array, shape: tuple[int, ...]) -> Array:
+        """The elements in row-major order under another shape: a view of an array that lies in this order."""
+
     # --- linear maps --------------------------------------------------------------------------------------------
 
     def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
@@ -56,6 +59,10 @@ class Engine(Protocol):
 
     def depthwise_conv(self, x: Array, weight: Array, bias: Array) -> Array:
         """One filter per channel, zero-padded to keep the length: x (B, T, d), weight (kernel, d), bias (d,)."""
+
+    def block_linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+        """`linear` with the block-diagonal matrix of n blocks: columns c q to (c + 1) q of x times ``weight[c]ᵀ``;
+        x (..., n q), weight (n, p, q), bias (n p,) -> (..., n p)."""
 
     def embedding(self, table: Array, ids: Array) -> Array:
         """Rows of the table (V, d) by ids (...) -> (..., d)."""
@@ -169,6 +176,12 @@ def _depthwise_conv(x: Array, weight: Array, bias: Array) -> Sizes:
     return {"rows": x.size // x.shape[-1], "width": x.shape[-1], "kernel": weight.shape[0]}
 
 
+def _block_linear(x: Array, weight: Array, bias: Array | None = None) -> Sizes:
+    blocks, d_out, d_in = weight.shape  # of one block
+    rows = x.size // (blocks * d_in)
+    return {"rows": rows, "blocks": blocks, "d_in": d_in, "d_out": d_out, "bias": int(bias is not None)}
+
+
 def _embedding(table: Array, ids: Array) -> Sizes:
     return {"rows": ids.size, "width": table.shape[1]}
 
@@ -205,10 +218,20 @@ def _maps(x: Array) -> int:
     return int(x.shape[0] * x.shape[1])
 
 
+def _mask(mask: Array | None, q_len: int, k_len: int, causal: bool) -> int:
+    """Elements of a mask that are read: all, or under a causal mask those of the visible pairs."""
+    if mask is None or not causal:
+        return 0 if mask is None else int(mask.size)
+    maps, seeing = mask.shape[0] * mask.shape[1], min(q_len, k_len)  # rows that see a key
+    if mask.shape[2] == 1:
+        return int(maps * mask.shape[3])
+    return int(maps * (seeing if mask.shape[3] == 1 else seeing * k_len - seeing * (seeing - 1) // 2))
+
+
 def _scores(q: Array, k: Array, scale: float, causal: bool = False, mask: Array | None = None) -> Sizes:
     return {
         "maps": _maps(q), "kv_maps": _maps(k), "q_len": q.shape[2], "k_len": k.shape[2], "head_dim": q.shape[3],
-        "causal": int(causal), "mask": 0 if mask is None else mask.size,
+        "causal": int(causal), "mask": _mask(mask, q.shape[2], k.shape[2], causal),
     }  # fmt: skip
 
 
@@ -239,7 +262,7 @@ def _relative_attention(
 ) -> Sizes:  # fmt: skip
     return {
         "maps": _maps(q), "heads": q.shape[1], "length": q.shape[2], "head_dim": q.shape[3],
-        "causal": int(causal), "mask": 0 if mask is None else mask.size,
+        "causal": int(causal), "mask": _mask(mask, q.shape[2], q.shape[2], causal),
     }  # fmt: skip
 
 
@@ -248,6 +271,7 @@ SIZES: dict[str, Callable[..., Sizes]] = {
     "project": _linear,
     "conv1d": _conv1d,
     "depthwise_conv": _depthwise_conv,
+    "block_linear": _block_linear,
     "embedding": _embedding,
     "layer_norm": _rows,
     "rms_norm": _rows,

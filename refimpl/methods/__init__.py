@@ -9,9 +9,21 @@ from typing import Any
 from refimpl.config import ModelConfig
 from refimpl.errors import unknown
 from refimpl.methods.dense import Dense
+from refimpl.methods.efficientasr import EfficientASR
 from refimpl.methods.flash import Flash
+from refimpl.methods.folding import Folding
+from refimpl.methods.headshare import HeadShare
+from refimpl.methods.kvsharer import KVSharer
 from refimpl.methods.reuse import Reuse
-from refimpl.parameters import NoParameters, ReuseParameters, make
+from refimpl.parameters import (
+    EfficientASRParameters,
+    FoldingParameters,
+    HeadShareParameters,
+    KVSharerParameters,
+    NoParameters,
+    ReuseParameters,
+    make,
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,47 @@ CATALOG: dict[str, Method] = {
         model="conformer-m",
         equation="compute layer: A = softmax(Q K^T / sqrt(D) + mask), Y = A V Wo^T; reuse layer: Y = A (X Wv^T) Wo^T",
         reading="group size and grouping (not known from the paper), the kept output projection, the sharing point",
+    ),
+    "folding": Method(
+        title="folding attention: linear maps on parts of a position",
+        paper="Li et al., arXiv 2309.07988",
+        exact=False,
+        program=Folding,
+        parameters=FoldingParameters,
+        model="emformer-rnnt-base",
+        equation="X'[t n + j] = X[t, j d/n : (j+1) d/n], Y' = softmax(Q' K'^T / sqrt(D') + mask) V' Wo'^T on T n rows",
+        reading="n, heads, mask, folded layers and feed-forward (the paper's are not known); weights by projection",
+    ),
+    "kvsharer": Method(
+        title="keys and values shared across layers",
+        paper="Yang et al., arXiv 2410.18517",
+        exact=False,
+        program=KVSharer,
+        parameters=KVSharerParameters,
+        model="smollm2-135m",
+        equation="shared layer i with source j < i: O_i = softmax(Q_i K_j^T / sqrt(D) + mask) V_j Wo_i^T",
+        reading="C by default a quarter of the layers, samples cut to one length, shared layers without Wk and Wv",
+    ),
+    "headshare": Method(
+        title="attention weights shared by heads",
+        paper="Cao, Yang, Zhao, arXiv 2402.11819",
+        exact=False,
+        program=HeadShare,
+        parameters=HeadShareParameters,
+        model="minilm-l6",
+        equation="floor(r L H) best matches: Wq, Wk, Wv, Wo of head (l, h) = those of (l', h'), l' < l; then as dense",
+        reading="chains of matches are followed to their end; biases of q, k, v are shared; ties; no grouped key heads",
+    ),
+    "efficientasr": Method(
+        title="EfficientASR, our reading: shared residual attention, feed-forward in chunks of channels",
+        paper="Wang et al., arXiv 2404.19214",
+        exact=False,
+        program=EfficientASR,
+        parameters=EfficientASRParameters,
+        model="conformer-m",
+        equation="compute layer: R = Q K^T / sqrt(D) + alpha R_before, A = softmax(R + mask + band), Y = A V Wo^T; "
+        "reuse layer: Y = A (X Wv^T) Wo^T; feed-forward: [act(x_1 W1_1^T) W2_1^T, ..., act(x_n W1_n^T) W2_n^T]",
+        reading="everything: the source gives no equation; weights by projection",
     ),
 }
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from refimpl.components import ATTENTION
 from refimpl.engines.protocol import Array
 from refimpl.methods.dense import Dense
-from refimpl.methods.steps import Layer, position_keys, project_heads, project_output
+from refimpl.methods.steps import Layer, Queries, position_keys, project_heads, project_output
 from refimpl.recorder import At
 
 
@@ -15,10 +15,13 @@ class Flash(Dense):
 
     def attention(self, at: At, x: Array, layer: Layer) -> Array:
         q, k, v = project_heads(at, x, layer)
-        ops = at(ATTENTION)
-        if q.position is None:
-            context = ops.attention(q.content, k, v, layer.scale, layer.causal, layer.mask)  # (B, H, T, D)
-        else:
-            p = position_keys(at, layer)[0, :, :, :]  # (H, 2T - 1, D)
-            context = ops.relative_attention(q.content, q.position, k, v, p, layer.scale, layer.causal, layer.mask)
-        return project_output(at, context, layer)
+        return project_output(at, fused_context(at, q, k, v, layer), layer)
+
+
+def fused_context(at: At, q: Queries, k: Array, v: Array, layer: Layer) -> Array:
+    """``softmax(scale q kᵀ + mask) v``, with the relative-position term where the model has one: (B, H, T, D)."""
+    ops = at(ATTENTION)
+    if q.position is None:
+        return ops.attention(q.content, k, v, layer.scale, layer.causal, layer.mask)
+    p = position_keys(at, layer)[0, :, :, :]  # (H, 2T - 1, D)
+    return ops.relative_attention(q.content, q.position, k, v, p, layer.scale, layer.causal, layer.mask)

@@ -3,6 +3,18 @@
 from __future__ import annotations
 
 from refimpl.parameters.base import NoParameters, make
+from refimpl.parameters.efficientasr import EfficientASRParameters
+from refimpl.parameters.folding import FoldingParameters
+from refimpl.parameters.headshare import HeadShareParameters
+from refimpl.parameters.kvsharer import KVSharerParameters
 from refimpl.parameters.reuse import ReuseParameters
 
-__all__ = ["NoParameters", "ReuseParameters", "make"]
+__all__ = [
+    "EfficientASRParameters",
+    "FoldingParameters",
+    "HeadShareParameters",
+    "KVSharerParameters",
+    "NoParameters",
+    "ReuseParameters",
+    "make",
+]

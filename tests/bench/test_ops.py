@@ -20,6 +20,9 @@ def array(*shape: int) -> Any:
 
 
 HIDDEN, HEADS, MAP = array(B, T, d), array(B, H, T, D), array(B, H, T, T)
+CACHE = array(2, B, 3, 1040, D)  # keys and values of SmolLM2's three heads, with room for 16 more positions
+K, W = CACHE[:, :, :, :1024]
+Q = array(B, 9, 1, D)
 ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "linear": lambda: (HIDDEN, array(f, d), array(f)),
     "project": lambda: (HIDDEN, array(3 * d, d), array(3 * d), (d, d, d)),
@@ -38,6 +41,8 @@ ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "swiglu": lambda: (array(B, T, f), array(B, T, f)),
     "rotary": lambda: (HEADS, array(T, D // 2), array(T, D // 2), False),
     "concat": lambda: ((HEADS, array(B, H, T, D)), 1),
+    "append": lambda: (CACHE[0].copy(), array(B, 3, 1, D), 1024),
+    "block_linear": lambda: (array(B, T, 4 * d), array(4, d, d), array(4 * d)),
     "scores": lambda: (HEADS, array(B, H, T, D), 0.125),
     "add_relative": lambda: (MAP, array(B, H, T, 2 * T - 1)),
     "softmax": lambda: (MAP,),
@@ -47,9 +52,36 @@ ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {
 }
 
 
+# One position of SmolLM2, 1024 in the cache.
+DECODING: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
+    "rms_norm": ("rms_norm", lambda: (array(B, 1, 576), array(576), 1e-5)),
+    "qkv": ("project", lambda: (array(B, 1, 576), array(960, 576), None, (576, 192, 192))),
+    "gate and up": ("project", lambda: (array(B, 1, 576), array(3072, 576), None, (1536, 1536))),
+    "down": ("linear", lambda: (array(B, 1, 1536), array(576, 1536))),
+    "vocabulary": ("linear", lambda: (array(B, 1, 576), array(49152, 576))),
+    "vocabulary, batch 8": ("linear", lambda: (array(8, 1, 576), array(49152, 576))),
+    "rotary": ("rotary", lambda: (Q, array(1, D // 2), array(1, D // 2), False)),
+    "scores": ("scores", lambda: (Q, K, 0.125, True)),
+    "softmax": ("softmax", lambda: (array(B, 9, 1, 1024), True)),
+    "weighted_sum": ("weighted_sum", lambda: (array(B, 9, 1, 1024), W, True)),
+    "attention": ("attention", lambda: (Q, K, W, 0.125, True)),
+    "swiglu": ("swiglu", lambda: (array(B, 1, 1536), array(B, 1, 1536))),
+    "add": ("add", lambda: (array(B, 1, 576), array(B, 1, 576))),
+}
+
+
 @pytest.mark.parametrize("op", SIZES)
 def test_op(benchmark: Any, engine: Any, op: str) -> None:
-    given = ARGUMENTS[op]()
+    _time(benchmark, engine, op, op, ARGUMENTS[op]())
+
+
+@pytest.mark.parametrize("name", DECODING)
+def test_decoding_op(benchmark: Any, engine: Any, name: str) -> None:
+    op, arguments = DECODING[name]
+    _time(benchmark, engine, f"decoding: {name}", op, arguments())
+
+
+def _time(benchmark: Any, engine: Any, group: str, op: str, given: tuple[Any, ...]) -> None:
     placed = [_placed(engine, argument) for argument in given]
     function = getattr(engine, op)
 
@@ -59,7 +91,7 @@ def test_op(benchmark: Any, engine: Any, op: str) -> None:
 
     start = engine.mark()
     once()  # compiles
-    benchmark.group = op
+    benchmark.group = group
     benchmark.extra_info.update(_rates(op, given))
     benchmark(once)
 

@@ -136,6 +136,22 @@ def test_markdown(effref) -> None:
     assert "| **total** " in text
 
 
+def test_weights_are_compared_with_dense_all_parts_of_the_product_together(effref) -> None:
+    """76,738,049 weights: 63,605,760 of the encoder, 8,932,864 of the predictor, 4,199,425 of the joiner."""
+    words = "estimate --method folding,dense --set folding.setting=attention-2 --seq 40 --hardware xeon-8480"
+    folded, dense = json.loads(effref(f"{words} --format json").stdout)["results"]
+    assert dense["params_bytes"] == 4 * 63_605_760
+    assert folded["companion_bytes"] == dense["companion_bytes"] == 4 * (8_932_864 + 4_199_425)
+    assert folded["params_reduction"] == 1 - (76_738_049 - 20 * 787_456) / 76_738_049
+    assert dense["params_reduction"] == 0
+    text = effref(words).stdout
+    assert "weights 183 MiB and 50.1 MiB in the product's other parts (together 20.5 % less than dense)" in text
+    assert "weights 243 MiB and 50.1 MiB in the product's other parts, peak" in text
+    assert max(map(len, text.splitlines())) <= 120
+    alone = effref("estimate --method reuse --seq 40 --hardware xeon-8480").stdout
+    assert "weights 103 MiB (6.2 % less than dense), peak" in alone
+
+
 def test_baseline_chooses_the_ratio(effref) -> None:
     both = effref(*SMALL, "--seq", "64", "--method", "reuse").stdout
     assert "speed of dense" in both

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from effref.parsing import parse_lengths, parse_names, parse_settings
+from effref.parsing import parse_choices, parse_lengths, parse_names, parse_settings
 
 from refimpl.errors import ConfigError
 
@@ -69,3 +69,14 @@ def test_wrong_settings(item: str) -> None:
 def test_setting_of_an_unknown_method() -> None:
     with pytest.raises(ConfigError, match="did you mean 'reuse'"):
         parse_settings(["resue.group=4"])
+
+
+def test_choices_are_split_outside_of_brackets() -> None:
+    parse = parse_choices("--over")
+    assert parse(["reuse.group=1,2, 4", "reuse.groups=[[0,1]],[[0],[1]]", "kvsharer.order=similar,random"]) == {
+        "reuse": {"group": (1, 2, 4), "groups": ([[0, 1]], [[0], [1]])},
+        "kvsharer": {"order": ("similar", "random")},
+    }
+    assert parse(["reuse.group=3"]) == {"reuse": {"group": (3,)}}
+    with pytest.raises(ConfigError, match=r"--over 'reuse\.group' is not"):
+        parse(["reuse.group"])

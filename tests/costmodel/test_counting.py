@@ -10,11 +10,23 @@ import pytest
 from counting import AuditedEngine, audit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from strategies import RECIPES, cached_workloads, configs, decoders, inputs_for, parameters_for, workloads
+from strategies import (
+    RECIPES,
+    cached_workloads,
+    configs,
+    decoders,
+    fits,
+    inputs_for,
+    parameters_for,
+    stream_workloads,
+    workloads,
+)  # fmt: skip
 
 import costmodel
 from refimpl import Runner, forward, load_model
 from refimpl.methods import CATALOG
+from refimpl.model import Prepared
+from refimpl.preparation.headpool import compact
 from refimpl.recorder import tally
 
 
@@ -24,7 +36,8 @@ from refimpl.recorder import tally
 @given(data=st.data())
 def test_recorded_ops_equal_closed_form(method: str, recipe: str, data: st.DataObject) -> None:
     """Op by op, with all sizes, as integers; and every executed op's FLOPs and bytes are counted while it runs."""
-    config, workload = data.draw(configs(recipe)), data.draw(workloads())
+    config = data.draw(configs(recipe))
+    workload = data.draw(workloads(config))
     params = data.draw(parameters_for(method, config))
     engine = AuditedEngine()
     model = load_model(config)
@@ -60,13 +73,49 @@ def test_recorded_ops_with_a_cache_equal_closed_form(method: str, data: st.DataO
 
 
 @pytest.mark.parametrize("method", CATALOG)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_recorded_ops_of_a_stream_equal_closed_form(method: str, data: st.DataObject) -> None:
+    """Chunks from the beginning and behind a left context: ops, cache bytes, and the counted cost of each op."""
+    config = data.draw(configs("emformer"))
+    workload, params = data.draw(stream_workloads(config)), data.draw(parameters_for(method, config))
+    new, kv_len = workload.seq * workload.steps, workload.kv_len
+    filled = -(-kv_len // config.chunk) * config.chunk  # whole chunks, of which `kv_len` positions are kept
+    engine = AuditedEngine()
+    runner = Runner(load_model(config), engine)
+    cache = runner.new_cache(max(filled, kv_len + new), method, params, workload.batch)
+    if filled:
+        runner(inputs_for(config, replace(workload, seq=filled)), method, params, cache=cache)
+        cache.truncate(kv_len)
+    frames = inputs_for(config, replace(workload, seq=new), seed=1)
+    before = engine.audited
+    run = runner.decode(frames, method, cache, params)
+    estimate = costmodel.estimate(method, config, workload, params)
+    assert tally(run.calls) == estimate.tally()
+    assert engine.audited - before == len(run.calls)
+    assert cache.length == kv_len + new
+    assert estimate.cache_bytes == cache.bytes // (cache.capacity + config.right_context) * cache.past
+
+
+@pytest.mark.parametrize("method", CATALOG)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_parameter_bytes_equal_the_weights(method: str, data: st.DataObject) -> None:
-    config, workload = data.draw(configs()), data.draw(workloads())
+    config = data.draw(configs(data.draw(st.sampled_from(RECIPES))))
+    workload = data.draw(workloads(config))
     params = data.draw(parameters_for(method, config))
-    weights = Runner(load_model(config), "numpy").prepare(method, params).weights
-    assert costmodel.estimate(method, config, workload, params).params_bytes == bytes_of(weights)
+    ready = Runner(load_model(config), "numpy").prepare(method, params)
+    cost = costmodel.estimate(method, config, workload, params)
+    assert cost.resident_bytes == bytes_of(ready.weights)
+    assert cost.params_bytes == kept_bytes(ready)
+
+
+def kept_bytes(ready: Prepared) -> int:
+    """Of the weights as they are kept: with shared heads once, and an index of them."""
+    if ready.method != "headshare" or not ready.parameters.replaced(ready.config):
+        return bytes_of(ready.weights)
+    sources, share_output = ready.parameters.sources(ready.config), ready.parameters.share_output
+    return sum(tensor.nbytes for tensor in compact(ready.weights, ready.config, sources, share_output).values())
 
 
 def bytes_of(node: Any) -> int:
@@ -79,15 +128,27 @@ def bytes_of(node: Any) -> int:
 @settings(max_examples=50, deadline=None)
 @given(data=st.data(), causal=st.booleans(), masked=st.booleans(), extra=st.integers(0, 4))
 def test_attention_ops_count_masks_and_longer_keys(data: st.DataObject, causal: bool, masked: bool, extra: int) -> None:
-    """Keys longer than queries, grouped heads and padding masks, which the model recipes do not combine."""
+    """Keys longer than queries, grouped heads, and masks of every shape, which the model recipes do not combine."""
     rng = np.random.default_rng(0)
     b, kv, group, t, d = (data.draw(st.integers(1, 3)) for _ in range(5))
     q = rng.standard_normal((b, kv * group, t, d))
     k, v = (rng.standard_normal((b, kv, t + extra, d)) for _ in range(2))
-    mask = rng.random((b, 1, 1, t + extra)) < 0.7 if masked and not causal else None
+    shape = [data.draw(st.sampled_from([1, n])) for n in (b, kv * group, t, t + extra)]
+    mask = rng.random(shape) < 0.7 if masked else None
     audit("attention", q, k, v, 0.5, causal, mask)
     weights = audit("softmax", audit("scores", q, k, 0.5, causal, mask), causal)
     audit("weighted_sum", weights, v, causal)
+    if group == 1 and not extra:
+        audit("relative_attention", q, q, k, v, rng.standard_normal((kv, 2 * t - 1, d)), 0.5, causal, mask)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.tuples(*[st.integers(1, 4)] * 5), st.booleans())
+def test_block_linear_counts_its_blocks_alone(sizes: tuple[int, ...], biased: bool) -> None:
+    rng = np.random.default_rng(0)
+    batch, length, blocks, d_in, d_out = sizes
+    bias = rng.standard_normal(blocks * d_out) if biased else None
+    audit("block_linear", rng.standard_normal((batch, length, blocks * d_in)), rng.random((blocks, d_out, d_in)), bias)
 
 
 def test_formulas_take_arrays_of_lengths() -> None:
@@ -96,7 +157,7 @@ def test_formulas_take_arrays_of_lengths() -> None:
 
     lengths = np.array([64, 300, 4096])
     for name, config in presets().items():
-        for method in CATALOG:
+        for method in (name for name in CATALOG if fits(name, {}, config)):
             many = costmodel.estimate(method, config, Workload(lengths))
             for i, length in enumerate(lengths.tolist()):
                 one = costmodel.estimate(method, config, Workload(length))

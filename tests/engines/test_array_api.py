@@ -52,6 +52,7 @@ def cases(dtype):
         "project": [(x, normal(dtype, 7, 6), None, (4, 1, 2)), (x, normal(dtype, 6, 6), row, (3, 3))],
         "conv1d": [(x, normal(dtype, 4, 3, 6), row[:4], stride) for stride in (1, 2)],
         "depthwise_conv": [(x, normal(dtype, kernel, 6), row) for kernel in (1, 4, 31)],
+        "block_linear": [(x, normal(dtype, 2, 4, 3)), (x, normal(dtype, 3, 1, 2), row[:3])],
         "embedding": [(half, np.array([[0, 4], [3, 3]]))],
         "layer_norm": [(x, row, row, 1e-5)],
         "rms_norm": [(x, row, 1e-5)],
@@ -65,6 +66,7 @@ def cases(dtype):
         "swiglu": [(x, x)],
         "rotary": [(q, half, half, True), (q, half, half, False)],
         "concat": [((x, x[:, :2]), 1)],
+        "append": [(np.zeros((2, k.shape[1], 9, k.shape[3]), dtype), k, 2)],
         "scores": [
             (q, k, 0.4), (q, k, 0.4, True), (q, k, 0.4, False, mask), (q, k[:1], 0.4, True, mask),
             (q, k, 1.0, False, keys),
@@ -138,6 +140,12 @@ METHODS = {
     "reuse scores": ("reuse", {"group": 3, "share": "scores", "output_projection": False}),
     "partial reuse": ("reuse", {"group": 3, "heads": 3}),
     "partial reuse of scores": ("reuse", {"groups": [[0, 2, 3]], "heads": 1, "share": "scores"}),
+    "folding": ("folding", {}),
+    "folding fused": ("folding", {"mask": "subtoken", "fused": True, "fold_ffn": 4}),
+    "efficientasr": ("efficientasr", {"band": 2}),
+    "efficientasr soft": ("efficientasr", {"group": 1, "score_residual": 0.5, "band": 1, "band_penalty": 1.5}),
+    "efficientasr tied": ("efficientasr", {"ffn_chunks": 4, "ffn_tied": True}),
+    "efficientasr fused": ("efficientasr", {"group": 1, "score_residual": 0, "band": 2, "fused": True}),
 }
 
 
@@ -155,6 +163,8 @@ def test_forward_needs_nothing_beyond_the_standard(config, method, causal, dtype
     name, params = METHODS[method]
     if "heads" in params and config.kv_heads != config.heads:
         pytest.skip("grouped keys: reuse takes all heads or none")
+    if name == "folding" and config.position == "relative":
+        params = {**params, "fold": 1}
     model, inputs = refimpl.load_model(config, dtype=dtype), inputs_for(config, dtype)
     mask = np.arange(7).reshape(1, 1, 1, 7) < np.array([7, 5]).reshape(2, 1, 1, 1)
     ours = refimpl.forward(model, inputs, name, params, STRICT, causal=causal, mask=mask)

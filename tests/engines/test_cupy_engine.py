@@ -215,6 +215,16 @@ def test_linear_is_accurate(engine, rows, d_in, d_out, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
+    ("rows", "blocks", "d_in", "d_out"), [((2, 5), 3, 8, 5), ((1, 1), 2, 1, 1), ((0, 3), 2, 4, 6), ((7,), 4, 33, 17)]
+)
+def test_block_linear_is_accurate(engine, rows, blocks, d_in, d_out, dtype):
+    x, weight = normal(dtype, *rows, blocks * d_in), normal(dtype, blocks, d_out, d_in)
+    compare(engine, "block_linear", x, weight)
+    compare(engine, "block_linear", x, weight, normal(dtype, blocks * d_out))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
     ("length", "kernel", "stride"), [(9, 3, 1), (9, 3, 2), (8, 3, 2), (1, 3, 2), (5, 4, 3), (2, 1, 1)]
 )
 def test_conv1d_is_accurate(engine, length, kernel, stride, dtype):
@@ -234,6 +244,27 @@ def test_embedding_and_concat_copy(engine, dtype):
     table, ids = normal(dtype, 11, 5), np.array([[0, 10, 3], [3, 3, 1]])
     compare(engine, "embedding", table, ids)
     compare(engine, "concat", (normal(dtype, 2, 1, 4), normal(dtype, 2, 3, 4)), 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_append_writes_its_rows_and_returns_a_view(engine, dtype):
+    before, new = normal(dtype, 2, 3, 7, 4), normal(dtype, 2, 2, 3, 4)
+    store = engine.asarray(before)
+    filled = engine.append(store, engine.asarray(new).transpose(0, 2, 1, 3), 4)  # heads lie as (B, T, H, D)
+    assert filled.data.ptr == store.data.ptr
+    expected = before.copy()
+    expected[:, :, 4:6] = new.transpose(0, 2, 1, 3)
+    np.testing.assert_array_equal(engine.to_numpy(store), expected)
+    np.testing.assert_array_equal(engine.to_numpy(filled), expected[:, :, :6])
+
+
+@pytest.mark.parametrize(
+    ("shape", "start"), [((2, 3, 2, 4), 6), ((2, 3, 2, 4), -1), ((2, 1, 2, 4), 0), ((2, 3, 2, 1), 0)]
+)
+def test_append_refuses_what_does_not_fit(engine, shape, start):
+    store = engine.asarray(normal("float32", 2, 3, 7, 4))
+    with pytest.raises(ShapeError, match=r"\(2, 3, "):
+        engine.append(store, engine.asarray(normal("float32", *shape)), start)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -401,6 +432,7 @@ def test_merge_heads_after_attention_is_a_view(engine):
         ("layer_norm", [(2, 3), (4,), (3,), 1e-5]),
         ("swiglu", [(2, 3), (2, 4)]),
         ("depthwise_conv", [(1, 2, 3), (3, 4), (3,)]),
+        ("block_linear", [(2, 6), (3, 4, 3)]),
         ("conv1d", [(1, 2, 3), (2, 3, 4), (2,), 1]),
         ("add_relative", [(1, 1, 3, 3), (1, 1, 3, 4)]),
         ("scores", [(1, 1, 3, 3), (1, 1, 3, 4), 1.0]),
@@ -517,6 +549,9 @@ CONFIGS = {
 METHODS = [
     ("dense", {}), ("flash", {}), ("reuse", {"group": 2}), ("reuse", {"group": 4, "heads": 3}),
     ("reuse", {"group": 2, "heads": 1, "share": "scores", "head_order": "keep"}),
+    ("folding", {}), ("folding", {"mask": "subtoken", "fused": True}),
+    ("efficientasr", {"group": 1, "score_residual": 0.5, "band": 3}),
+    ("efficientasr", {"band": 2, "band_penalty": 1.5, "ffn_chunks": 4, "ffn_tied": True}),
 ]  # fmt: skip
 
 
@@ -544,6 +579,8 @@ def test_forward_is_accurate(engine, config, method, params, causal, dtype, monk
         monkeypatch.setattr(cupy_kernels, "THREADS", 32)  # smaller blocks emulate faster
     if params.get("heads") and config.kv_heads != config.heads:
         params = {"group": 2, "share": "scores"}
+    if method == "folding" and config.position == "relative":
+        params = {"fold": 1, "fold_ffn": 2}
     model = refimpl.load_model(config, dtype=dtype)
     inputs = inputs_for(config)
     inputs = inputs if config.stem == "tokens" else inputs.astype(dtype)

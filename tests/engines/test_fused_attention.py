@@ -268,6 +268,62 @@ def test_fused_nan_in_value_reaches_its_column() -> None:
     assert np.isnan(fast).sum() == 100
 
 
+# Few queries -----------------------------------------------------------------------------------------------
+# Heads that share keys, seen by few queries, take a way of their own: keys fall into ranges, put together at the end.
+
+
+@TYPES
+@pytest.mark.parametrize("Tq", [1, 3])
+def test_few_queries_when_the_maximum_rises_or_falls_with_the_keys(Tq: int, dtype: Any) -> None:
+    q, k, v = qkv(Tq, 3000, Hq=4, dtype=dtype)
+    q[..., 0] = 1
+    for slope in (40, -40):
+        k[..., 0] = np.linspace(0, slope, 3000)
+        check(q, k, v, causal=True)
+
+
+@TYPES
+def test_few_queries_with_large_shifted_and_infinite_logits(dtype: Any) -> None:
+    q, k, v = qkv(1, 700, Hq=6, dtype=dtype)
+    check(q, k, v, 1e4)
+    q[..., 0], k[:, 0, :, 0], k[:, 1, 130:400, 0] = 8, -200, -np.inf  # all scores of one head; whole ranges of another
+    assert np.isfinite(check(q, k, v)).all()
+    k[0, 1, 500, 0] = np.inf
+    assert np.isnan(check(q, k, v)[0, 3:]).all()
+
+
+@TYPES
+@pytest.mark.parametrize("where", [0, 130, 699])
+def test_few_queries_see_nan_where_it_is(where: int, dtype: Any) -> None:
+    q, k, v = qkv(1, 700, Hq=6, dtype=dtype)
+    k[0, 1, where, 5], v[1, 0, where, 9] = np.nan, np.nan
+    nan = np.isnan(check(q, k, v))
+    assert nan[0, 3:].all()
+    assert nan[1, :3, :, 9].all()
+    assert nan.sum() == 3 * 64 + 3
+
+
+def test_few_queries_that_see_no_key_are_zero_even_with_bad_values() -> None:
+    q, k, v = qkv(2, 700, Hq=4)
+    v[0, 0, 3], v[1, 1, 650] = np.inf, np.nan
+    mask = np.ones((2, 700), bool)
+    mask[1] = False
+    fast = fused_attention(q, k, v, 0.125, mask=mask)
+    assert not fast[:, :, 1].any()
+    assert fast[:, :, 0].all()
+
+
+def test_few_queries_over_odd_layouts() -> None:
+    q, k, v = qkv(2, 300, Hq=4, D=64, Dv=64)
+    check(q[:, :, ::-1], k[:, :, ::-1, ::2].repeat(2, axis=3), v[..., ::-1])
+    check(q, np.broadcast_to(k[:, :1], k.shape), np.broadcast_to(v[:1], v.shape), causal=True)
+    packed = np.zeros(300, np.dtype([("x", np.float32, (2, 64)), ("odd", np.int8)]))["x"]
+    packed[:] = np.random.default_rng(0).standard_normal((300, 2, 64))
+    odd = packed.transpose(1, 0, 2)[None]
+    assert not odd.flags.aligned
+    check(q[:1], odd, odd)
+
+
 # Masks -----------------------------------------------------------------------------------------------------
 
 
@@ -460,7 +516,7 @@ def test_fused_on_narrower_vectors(features: str, tmp_path: Path) -> None:
     if numba.core.registry.cpu_target.target_context.codegen().magic_tuple()[0].split("-")[0] != "x86_64":
         pytest.skip("names x86 processors")
     choice = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
-    few = "f32 and (relative_equals or fused_equals or broadcasts) or huge"
+    few = "f32 and (relative_equals or fused_equals or broadcasts or few_queries) or huge or grouped"
     command = [sys.executable, "-m", "pytest", "-q", "-k", few, "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, env={**os.environ, **choice}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout

@@ -62,6 +62,12 @@ def depthwise_conv(x: Array, weight: Array, bias: Array) -> Array:
     return out + bias
 
 
+def block_linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    parts = np.split(x, len(weight), axis=-1)
+    y = np.concatenate([linear(part, block) for part, block in zip(parts, weight, strict=True)], -1)
+    return y if bias is None else y + bias
+
+
 def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
     y = x - x.mean(-1, keepdims=True)
     return y / np.sqrt((y * y).mean(-1, keepdims=True) + eps) * weight + bias
@@ -228,10 +234,16 @@ CASES: dict[str, tuple[Callable[..., Array], tuple[Any, ...]]] = {
     "linear": (linear, (normal((2, 50, 33)), normal((47, 33)), normal(47))),
     "linear large": (linear, (normal((3, 300, 64)), normal((128, 64)), normal(128))),
     "linear without bias": (linear, (normal((7, 33)), normal((5, 33)))),
+    "linear one row": (linear, (normal((1, 1, 576)), normal((301, 576)), normal(301))),
+    "linear few rows": (linear, (normal((layout.FEW_ROWS, 1, 77)), normal((2000, 77)), normal(2000))),
     "conv1d": (conv1d, (normal((2, 45, 6)), normal((10, 3, 6)), normal(10), 2)),
     "conv1d wide": (conv1d, (normal((1, 3, 5)), normal((4, 9, 5)), normal(4), 1)),
     "depthwise_conv": (depthwise_conv, (normal((2, 150, 40)), normal((31, 40)), normal(40))),
     "depthwise_conv parallel": (depthwise_conv, (normal((3, 180, 129)), normal((7, 129)), normal(129))),
+    "block_linear": (block_linear, (normal((2, 50, 33)), normal((3, 17, 11)), normal(51))),
+    "block_linear large": (block_linear, (normal((3, 300, 128)), normal((2, 96, 64)), normal(192))),
+    "block_linear one row": (block_linear, (normal((1, 1, 96)), normal((4, 50, 24)), normal(200))),
+    "block_linear few rows": (block_linear, (normal((5, 1, 512)), normal((2, 301, 256)))),
     "layer_norm": (layer_norm, (normal((2, 350, 97)) + 3, normal(97), normal(97), 1e-5)),
     "rms_norm": (rms_norm, (normal((2, 350, 97)) + 3, normal(97), 1e-6)),
     "batch_norm": (
@@ -365,6 +377,7 @@ def test_empty_batches_give_empty_results() -> None:
     assert ENGINE.linear(x, f32(5, 8), f32(5)).shape == (0, 3, 5)
     assert ENGINE.conv1d(x, f32(5, 3, 8), f32(5), 2).shape == (0, 2, 5)
     assert ENGINE.depthwise_conv(x, f32(3, 8), d).shape == x.shape
+    assert ENGINE.block_linear(x, f32(2, 5, 4), f32(10)).shape == (0, 3, 10)
     assert ENGINE.embedding(f32(5, 8), ids).shape == (0, 3, 8)
     assert ENGINE.batch_norm(x, d, d, d, d, 1.0).shape == x.shape
     assert ENGINE.rms_norm(x, d, 1.0).shape == ENGINE.layer_norm(x, d, d, 1.0).shape == x.shape
@@ -518,6 +531,21 @@ def test_read_only_reversed_and_byte_shifted_inputs() -> None:
     assert len(elementwise.kernel_activation.signatures) == compiled  # nothing was compiled anew
 
 
+@pytest.mark.parametrize("count", [1, 3, layout.FEW_ROWS])
+def test_few_rows_against_weights_of_any_layout(count: int) -> None:
+    x, wide = normal((count, 2 * 40)).astype(np.float32), normal((120, 3 * 40)).astype(np.float32)
+    weight, bias = wide[30:90, 40:80], normal(120).astype(np.float32)[::2]
+    expected = ENGINE.linear(x[:, 40:].copy(), weight.copy(), bias.copy())
+    assert_right(expected, linear, x[:, 40:], weight, bias)
+    frozen = weight.copy()
+    frozen.flags.writeable = False
+    shifted = np.frombuffer(b"x" + weight.tobytes(), np.uint8)[1:].view(np.float32).reshape(weight.shape)
+    for same in (weight, frozen, weight.copy()[::-1].copy()[::-1]):
+        np.testing.assert_array_equal(ENGINE.linear(x[:, 40:], same, bias), expected)
+    for same in (np.asfortranarray(weight), shifted):
+        assert_right(ENGINE.linear(x[:, 40:], same, bias), linear, x[:, 40:], weight, bias)
+
+
 def test_thread_count_outside_the_machine_is_refused() -> None:
     with pytest.raises(ConfigError, match="threads must be 1 to"):
         ENGINE.set_threads(10**6)
@@ -572,6 +600,9 @@ Z = np.zeros
         (lambda f: ENGINE.project(Z((2, 3), f), Z((4, 3), f), None, (1, 2)), ["weight (4, 3)", "(1, 2)"]),
         (lambda f: ENGINE.conv1d(Z((1, 5, 3), f), Z((4, 3, 2), f), Z(4, f), 1), ["x (1, 5, 3)", "(4, 3, 2)"]),
         (lambda f: ENGINE.depthwise_conv(Z((1, 5, 3), f), Z((3, 2), f), Z(3, f)), ["x (1, 5, 3)", "(3, 2)"]),
+        (lambda f: ENGINE.block_linear(Z((2, 6), f), Z((3, 4, 3), f)), ["x (2, 6)", "(3, 4, 3)"]),
+        (lambda f: ENGINE.block_linear(Z((2, 6), f), Z((2, 4, 3), f), Z(4, f)), ["(2, 4, 3)", "bias (4,)"]),
+        (lambda f: ENGINE.block_linear(Z((2, 6), f), Z((4, 6), f)), ["x (2, 6)", "(4, 6)"]),
         (lambda f: ENGINE.embedding(Z((5, 3), f), np.array([5])), ["table (5, 3)", "5"]),
         (lambda f: ENGINE.layer_norm(Z((2, 3), f), Z(3, f), Z(4, f), 1e-5), ["x (2, 3)", "bias (4,)"]),
         (lambda f: ENGINE.rms_norm(Z((2, 3), f), Z(4, f), 1e-5), ["x (2, 3)", "weight (4,)"]),
@@ -584,6 +615,8 @@ Z = np.zeros
             ["(1, 1, 4, 6)", "(4, 2)"],
         ),
         (lambda f: ENGINE.concat((Z((2, 3), f), Z((3, 4), f)), 1), ["(2, 3)", "(3, 4)"]),
+        (lambda f: ENGINE.append(Z((1, 1, 4, 3), f), Z((1, 1, 2, 3), f), 3), ["(1, 1, 4, 3)", "(1, 1, 2, 3)", "3 + T"]),
+        (lambda f: ENGINE.append(Z((1, 1, 4, 3), f), Z((1, 2, 2, 3), f), 0), ["(1, 1, 4, 3)", "(1, 2, 2, 3)"]),
         (
             lambda f: ENGINE.scores(Z((1, 3, 4, 6), f), Z((1, 2, 4, 6), f), 1.0),
             ["q (1, 3, 4, 6)", "k (1, 2, 4, 6)"],

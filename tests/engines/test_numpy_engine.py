@@ -10,12 +10,14 @@ import math
 
 import numpy as np
 import pytest
+import scipy.linalg
 import scipy.special
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refimpl.engines.numpy_engine import QUERY_BLOCK, NumpyEngine, visible_keys
 from refimpl.engines.protocol import SIZES
+from refimpl.errors import ShapeError
 
 ENGINE = NumpyEngine()
 DTYPES = ("float16", "float32", "float64")
@@ -103,6 +105,28 @@ def test_project_parts_are_bit_for_bit_linear():
     np.testing.assert_array_equal(q, ENGINE.linear(x, weight[:4], bias[:4]))
     np.testing.assert_array_equal(k, ENGINE.linear(x, weight[4:7], bias[4:7]))
     np.testing.assert_array_equal(v, ENGINE.linear(x, weight[7:], bias[7:]))
+
+
+@EXAMPLES
+@given(st.integers(0, 3), st.integers(1, 4), st.integers(1, 5), st.integers(1, 5), st.booleans())
+def test_block_linear_is_the_block_diagonal_product(length, blocks, d_in, d_out, with_bias):
+    x, weight = normal(2, length, blocks * d_in), normal(blocks, d_out, d_in)
+    bias = normal(blocks * d_out) if with_bias else None
+    truth = x @ scipy.linalg.block_diag(*weight).T + (0.0 if bias is None else bias)
+    assert_equal(ENGINE.block_linear(x, weight, bias), truth)
+
+
+def test_blocks_are_bit_for_bit_linear_and_independent():
+    x, weight, bias = normal(2, 5, 6), normal(3, 4, 2), normal(12)
+    y, other = ENGINE.block_linear(x, weight, bias), x.copy()
+    for c in range(3):
+        alone = ENGINE.linear(x[..., 2 * c : 2 * c + 2], weight[c], bias[4 * c : 4 * c + 4])
+        np.testing.assert_array_equal(y[..., 4 * c : 4 * c + 4], alone)
+    other[..., 2:4] = np.nan
+    changed = np.isnan(ENGINE.block_linear(other, weight, bias)).all((0, 1))
+    np.testing.assert_array_equal(changed, np.repeat([False, True, False], 4))
+    with pytest.raises(ValueError, match="reshape"):
+        ENGINE.block_linear(normal(2, 5, 7), weight)
 
 
 @EXAMPLES
@@ -330,6 +354,7 @@ def calls(dtype, batch=2, length=5):
         "project": (x, normal(6, 6, dtype=dtype), row, (2, 4)),
         "conv1d": (x, normal(4, 3, 6, dtype=dtype), row[:4], 2),
         "depthwise_conv": (x, normal(3, 6, dtype=dtype), row),
+        "block_linear": (x, normal(2, 2, 3, dtype=dtype), row[:4]),
         "embedding": (x[0] if batch else row[None], np.zeros((batch, 2), np.int64)),
         "layer_norm": (x, row, row, 1e-5),
         "rms_norm": (x, row, 1e-5),
@@ -343,6 +368,7 @@ def calls(dtype, batch=2, length=5):
         "swiglu": (x, x),
         "rotary": (q, half, half, True),
         "concat": ((x, x), 1),
+        "append": (np.zeros((batch, 4, length + 3, 6), dtype), k, 2),
         "scores": (q, k, 0.3, True, mask),
         "add_relative": (weights, normal(batch, 4, length, 2 * length - 1, dtype=dtype)),
         "softmax": (weights, True),
@@ -371,7 +397,7 @@ def test_every_op_is_called():
 
 @pytest.mark.parametrize(("batch", "length"), [(2, 5), (2, 1), (0, 5)], ids=["ordinary", "T=1", "batch 0"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op", SIZES)
+@pytest.mark.parametrize("op", [op for op in SIZES if op != "append"])
 def test_dtype_and_inputs_stay(op, dtype, batch, length):
     args = calls(dtype, batch, length)[op]
     before = [array.copy() for array in arrays(args)]
@@ -382,6 +408,19 @@ def test_dtype_and_inputs_stay(op, dtype, batch, length):
         assert result.shape[0] == batch
     for array, copy in zip(arrays(args), before, strict=True):
         np.testing.assert_array_equal(array, copy)
+
+
+def test_append_writes_its_rows_and_no_others():
+    store, new = normal(2, 3, 7, 4, dtype="float32"), normal(2, 3, 2, 4, dtype="float32")
+    before, given = store.copy(), new.copy()
+    seen = ENGINE.append(store, new, 3)
+    assert np.shares_memory(seen, store)
+    assert seen.shape == (2, 3, 5, 4)
+    np.testing.assert_array_equal(store[:, :, 3:5], new)
+    np.testing.assert_array_equal(np.delete(store, [3, 4], axis=2), np.delete(before, [3, 4], axis=2))
+    np.testing.assert_array_equal(new, given)
+    with pytest.raises(ShapeError, match="the store has 7 rows; rows 6 to 7"):
+        ENGINE.append(store, new, 6)
 
 
 @pytest.mark.parametrize("op", SIZES)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from strategies import RECIPES, configs, inputs_for, workloads
+from strategies import WHOLE, configs, inputs_for, workloads
 
 from refimpl import forward, load_model
 from refimpl.config import ModelConfig, preset
@@ -71,7 +71,7 @@ def test_relative_positions_are_relative() -> None:
     np.testing.assert_allclose(np.diff(inner[:, 10:29], axis=1), np.diff(shifted[:, 11:30], axis=1), atol=1e-9)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", WHOLE)
 def test_output_keeps_dtype_and_inputs(recipe: str) -> None:
     config = _tiny(recipe, stem="frames", features=3, strides=(2,))
     for dtype in ("float32", "float64"):

@@ -32,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import carray, cfunc, njit, types
 
+from . import few_rows, layout
 from .vector import (
     TILE,
     dot_tile,
@@ -55,6 +56,7 @@ _PANELS = 8  # panels of queries per work item: every copied block of keys and v
 _ITEMS_PER_THREAD = 4  # at least, where there are enough queries, so that threads finish together
 _SMALL_CALL_FLOPS = 2_000_000  # less is done in the calling thread, sooner than others wake up
 _CACHE_LINE = 64  # bytes
+_NO_MASK = np.ones((1, 1, 1, 1), np.bool_)
 
 _ROWS = TILE.rows  # of a register tile: fixed by the instruction set, a constant in compiled code
 _part = njit(error_model="numpy")  # the parts of a kernel are compiled into it
@@ -506,13 +508,19 @@ def _attend(
         run_on_threads(threads, kernel.address, record.ctypes.data)
 
 
-def _attend_one_query(q: Array, k: Array, v: Array, scale: float, mask: Array | None, out: Array) -> None:
-    """Decode: let the query heads that share keys be the queries of one head, side by side in its panels."""
-    (B, Hq, _, D), (_, Hkv, Tk, Dv) = q.shape, v.shape
-    G = Hq // Hkv
-    if mask is not None:
-        mask = np.broadcast_to(mask, (B, Hq, 1, Tk)).reshape(B, Hkv, G, Tk)
-    _attend(q.reshape(B, Hkv, G, D), k, v, scale, False, mask, out.reshape(B, Hkv, G, Dv))
+def _attend_few_queries(
+    q: Array, k: Array, v: Array, scale: float, causal: bool, mask: Array | None, out: Array
+) -> None:
+    """Decode: keys and values pass once, see `few_rows`."""
+    if out.size == 0:
+        return
+    k, v = layout.readable(k), layout.readable(v)
+    hides = mask is not None or (causal and q.shape[2] > 1)
+    seen = np.broadcast_to(_NO_MASK if mask is None else mask, (*q.shape[:3], k.shape[2])) if hides else _NO_MASK
+    ranges = layout.key_ranges(k, few_rows.KEYS)
+    parts = layout.count(k.shape[0] * k.shape[1] * ranges, k.size + v.size)
+    scaled = np.multiply(q, q.dtype.type(scale), out=np.empty(q.shape, q.dtype))
+    few_rows.kernel_attention(scaled, k, v, hides, causal, seen, out, ranges, parts)
 
 
 def _new_output(q: Array, v: Array) -> Array:
@@ -568,8 +576,8 @@ def fused_attention(
     (1, 2, 3, 4)
     """
     out = _new_output(q, v) if out is None else out
-    if q.shape[2] == 1 and k.shape[1] < q.shape[1]:
-        _attend_one_query(q, k, v, scale, mask, out)
+    if layout.few_queries(q, k):
+        _attend_few_queries(q, k, v, scale, causal, mask, out)
     else:
         _attend(q, k, v, scale, causal, mask, out)
     return out

@@ -24,7 +24,19 @@ def expect(op: str, expected: str, holds: bool, /, **arrays: Array | None) -> No
 
 def same_dtype(op: str, /, **arrays: Array | None) -> None:
     """Raise unless all arrays are float32 or all are float64."""
-    given = {name: array for name, array in arrays.items() if array is not None}
+    kind = None
+    for array in arrays.values():
+        if array is not None and array.dtype is not kind:
+            if kind is not None or array.dtype not in DTYPES:
+                break
+            kind = array.dtype
+    else:
+        return
+    _refuse(op, {name: array for name, array in arrays.items() if array is not None})
+
+
+def _refuse(op: str, given: dict[str, Array]) -> None:
+    """Raise with all dtypes in the message, if they do differ: equal ones may be different objects."""
     kinds = {array.dtype for array in given.values()}
     if len(kinds) == 1 and kinds <= DTYPES:
         return
@@ -41,8 +53,11 @@ def same_dtype(op: str, /, **arrays: Array | None) -> None:
 
 def per_channel(op: str, x: Array, /, **vectors: Array) -> None:
     """Raise unless every vector has one number for each channel of x (..., d)."""
-    fits = x.ndim >= 1 and all(vector.shape == x.shape[-1:] for vector in vectors.values())
-    expect(op, f"x (..., d), {', '.join(vectors)} (d,)", fits, x=x, **vectors)
+    channels = x.shape[-1:]
+    for vector in vectors.values():
+        if vector.shape != channels or not channels:
+            expect(op, f"x (..., d), {', '.join(vectors)} (d,)", False, x=x, **vectors)
+    same_dtype(op, x=x, **vectors)
 
 
 def divides(a: Array, b: Array) -> bool:

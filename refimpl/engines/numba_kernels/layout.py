@@ -12,8 +12,10 @@ from refimpl.errors import ShapeError
 Array = Any
 
 CHUNK = 4096  # elements in a "row" of a contiguous array that an elementwise kernel walks over
+COPIED_ELEMENTS = 2**13  # up to so many, copying a view takes less than describing its memory (some 10 us)
 SERIAL_ELEMENTS = 2**16  # below this, waking a second thread (some 15 us) costs more than it saves
 MOST_PARTS = 64  # pieces that a kernel is cut into for its threads
+FEW_ROWS = 8  # up to so many rows a product takes the time of reading its large operand, by kernels of its own
 QUERY_BLOCK = 256  # query rows per product under a causal mask; keys beyond the last row's are left out
 
 
@@ -34,13 +36,19 @@ class _Span:
         }
 
 
+def readable(x: Array) -> Array:
+    """x, copied only if its last axis has gaps or it is not aligned."""
+    return x if x.flags.aligned and (x.strides[-1] == x.itemsize or x.shape[-1] <= 1) else np.array(x, order="C")
+
+
 def flat(x: Array) -> tuple[Array, tuple[int, ...]]:
-    """A one-dimensional view of the memory of x, and its strides in elements. Odd layouts are copied."""
-    ordinary = x.flags.aligned and all(s >= 0 and s % x.itemsize == 0 for s in x.strides)
-    if not ordinary or (x.shape[-1] > 1 and x.strides[-1] != x.itemsize):
-        x = np.array(x, order="C")
-    strides = tuple(s // x.itemsize for s in x.strides)
-    if x.flags.carray:  # contiguous, aligned and writeable
+    """A one-dimensional view of the memory of x, and its strides in elements; odd or small layouts are copied."""
+    if not x.flags.carray:  # contiguous, aligned and writeable
+        ordinary = x.flags.aligned and min(x.strides, default=0) >= 0
+        if not ordinary or x.size < COPIED_ELEMENTS or (x.shape[-1] > 1 and x.strides[-1] != x.itemsize):
+            x = np.array(x, order="C")
+    strides = tuple([s // x.itemsize for s in x.strides])
+    if x.flags.carray:
         return x.reshape(-1), strides
     length = 1 + sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True)) if x.size else 0
     return np.asarray(_Span(x, length)), strides
@@ -73,6 +81,8 @@ def count(rows: int, elements: int) -> int:
 
 def trailing(x: Array, y: Array) -> Array:
     """y as the last axes of x: a residual, a table or a vector. Any other broadcast is written out."""
+    if y.shape == x.shape:
+        return y
     while y.ndim > 1 and y.shape[0] == 1:
         y = y[0]
     if y.ndim and x.shape[x.ndim - y.ndim :] == y.shape:
@@ -125,3 +135,14 @@ def windows(x: Array, kernel: int, stride: int, out: Array) -> None:
         out[:, :first, tap] = 0
         out[:, first:last, tap] = x[:, start : start + (last - first) * stride : stride]
         out[:, last:, tap] = 0
+
+
+def few_queries(q: Array, k: Array) -> bool:
+    """Whether the rows of q (B, H, Tq, D) that share a head of keys (B, Hkv, Tk, D) are few."""
+    return bool(q.shape[1] * q.shape[2] <= FEW_ROWS * k.shape[1])
+
+
+def key_ranges(k: Array, keys: int) -> int:
+    """Into how many ranges the keys of a head are cut: of about `keys` keys, unless that makes too many parts."""
+    batch, heads, length, _ = k.shape
+    return max(1, min(-(-length // keys), -(-MOST_PARTS // max(1, batch * heads))))

@@ -8,11 +8,12 @@ the number of threads.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import typeof, types
+from numba import from_dtype, njit, typeof, types
 from numba.core import cgutils
 from numba.extending import lower_builtin, type_callable
 
@@ -27,6 +28,39 @@ threads.start()
 # meaning.
 STEP: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
 KERNEL: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
+
+
+def read(ndim: int) -> Callable[[Any], Any]:
+    """An array of the call's float type that a kernel only reads: any strides, read-only or not."""
+    return lambda number: types.Array(number, ndim, "A", readonly=True)
+
+
+def write(ndim: int) -> Callable[[Any], Any]:
+    """An array of the call's float type that a kernel writes, of any strides."""
+    return lambda number: types.Array(number, ndim, "A")
+
+
+def any_strides(*arguments: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Compile a kernel once for each float type, whatever the layout of its arrays, when it is first called.
+
+    Numba by itself compiles anew for contiguous, strided and read-only arrays. `arguments` are Numba types or
+    functions of the float type, which is that of the first array.
+    """
+
+    def decorate(kernel: Callable[..., None]) -> Callable[..., None]:
+        @functools.cache
+        def compiled(dtype: Any) -> Callable[..., None]:
+            number = from_dtype(dtype)
+            kinds = [kind if isinstance(kind, types.Type) else kind(number) for kind in arguments]
+            return njit(types.void(*kinds), **KERNEL)(kernel)
+
+        @functools.wraps(kernel)
+        def call(x: Any, *others: Any) -> None:
+            compiled(x.dtype)(x, *others)
+
+        return call
+
+    return decorate
 
 
 def share(step: Callable[..., None], operands: tuple[Any, ...], rows: int, parts: int) -> None:

@@ -18,8 +18,9 @@ def start() -> None:
     """Start Numba's threads such that idle ones sleep instead of spin, unless the user has chosen."""
     # BLAS products and kernels in turn (T = 128, d = 384, two cores) take 6.8 times their time apart where
     # idle OpenMP threads spin, which is libgomp's default; 1.05 times where they sleep; 1.10 with Numba's
-    # "workqueue". A launch costs 3 us spinning, 8 us asleep, 20 us with "workqueue".
-    with _environment("OMP_WAIT_POLICY", "passive"):  # OpenMP reads it once, when Numba loads it
+    # "workqueue". A launch costs 3 us spinning, 8 us asleep, 20 us with "workqueue". To spin some 10 us first
+    # lets the caller see the end of a kernel without sleep, and costs BLAS nothing that can be measured.
+    with _environment(OMP_WAIT_POLICY="passive", GOMP_SPINCOUNT="1000"):  # OpenMP reads them when Numba loads it
         numba.get_num_threads()
 
 
@@ -60,13 +61,14 @@ class _Announcer(event.Listener):  # type: ignore[misc]  # Numba is untyped
 
 
 @contextlib.contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    """Set an environment variable for a moment, unless it is set."""
-    if name in os.environ:
+def _environment(**settings: str) -> Iterator[None]:
+    """Set environment variables for a moment, unless one of them is set."""
+    if any(name in os.environ for name in settings):
         yield
         return
-    os.environ[name] = value
+    os.environ.update(settings)
     try:
         yield
     finally:
-        del os.environ[name]
+        for name in settings:
+            del os.environ[name]

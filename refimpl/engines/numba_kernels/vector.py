@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import llvmlite.binding
@@ -64,6 +64,9 @@ def _choose_tile(features: set[str], machine: str) -> Tile:
 
 
 TILE = _choose_tile(_target_features(), platform.machine().lower())
+_FEW_SUMS = 2 * TILE.rows  # vectors of sums that a product with few rows keeps: half of the registers
+_ROW_BLOCKS = (8, 4, 2, 1)  # rows that such a product takes at once
+_AHEAD_BYTES = 16 * 1024  # memory that streams by is asked for so much earlier; the processor stops at each page
 
 
 class _ExpShape(NamedTuple):
@@ -117,6 +120,10 @@ class _Vectors:
         """Read one row of a panel."""
         return [self.load(self.at(pointer, v * self.count)) for v in range(TILE.vectors)]
 
+    def load_one(self, pointer: ir.Value) -> ir.Value:
+        """Read one number into the first lane; the others are zero."""
+        return self.builder.insert_element(self.constant(0.0), self.builder.load(pointer), ir.IntType(32)(0))
+
     def load_scalar(self, pointer: ir.Value) -> ir.Value:
         """Read one number into every lane."""
         return self.splat(self.builder.load(pointer))
@@ -124,6 +131,10 @@ class _Vectors:
     def store(self, value: ir.Value, pointer: ir.Value) -> None:
         """Write one vector."""
         self.builder.store(value, self.builder.bitcast(pointer, self.type.as_pointer()), align=self.itemsize)
+
+    def store_one(self, value: ir.Value, pointer: ir.Value) -> None:
+        """Write the first lane."""
+        self.builder.store(self.builder.extract_element(value, ir.IntType(32)(0)), pointer)
 
     def store_row(self, row: Sequence[ir.Value], pointer: ir.Value) -> None:
         """Write one row of a panel."""
@@ -142,7 +153,16 @@ class _Vectors:
 
     def multiply_add(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
         """Compute ``a * b + c``, in one rounding where the target can."""
-        return self.builder.fadd(self.builder.fmul(a, b, flags=_FUSE), c, flags=_FUSE)
+        kind, name = ir.FunctionType(self.type, [self.type] * 3), f"llvm.fmuladd.v{self.count}f{self.bits}"
+        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, name), [a, b, c])
+
+    def prefetch(self, pointer: ir.Value) -> None:
+        """Ask for the memory `_AHEAD_BYTES` after a pointer, which need not exist."""
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
+        ahead = self.builder.gep(self.builder.bitcast(pointer, byte), [cgutils.intp_t(_AHEAD_BYTES)])
+        self.builder.call(function, [ahead, number(0), number(3), number(1)])  # to read, into all caches, as data
 
     def maximum(self, running: ir.Value, value: ir.Value) -> ir.Value:
         """Take the larger, ignoring a NaN in `value` (which reaches the result through exp2)."""
@@ -183,7 +203,25 @@ class _Vectors:
 
     def shuffle(self, a: ir.Value, b: ir.Value, order: list[int]) -> ir.Value:
         """Pick lanes from two vectors laid end to end."""
-        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), self.count), order))
+        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), len(order)), order))
+
+    def store_sums(self, vectors: list[ir.Value], pointer: ir.Value) -> None:
+        """Write the sum over the lanes of each vector (their number is a power of two), one after the other.
+
+        Each round adds the upper half of what is left of a sum to its lower half, so the order of the additions
+        does not depend on the number of vectors.
+        """
+        width = self.count
+        while width > 1:
+            single, length = len(vectors) == 1, vectors[0].type.count
+            low = [c for c in range(length if single else 2 * length) if c % width < width // 2]
+            high = [c + width // 2 for c in low]
+            pairs = [(vectors[0], vectors[0])] if single else zip(vectors[::2], vectors[1::2], strict=True)
+            vectors = [self.builder.fadd(self.shuffle(a, b, low), self.shuffle(a, b, high)) for a, b in pairs]
+            width //= 2
+        for i, vector in enumerate(vectors):
+            start = self.at(pointer, i * self.count)
+            self.builder.store(vector, self.builder.bitcast(start, vector.type.as_pointer()), align=self.itemsize)
 
 
 def _variables(builder: ir.IRBuilder, values: Sequence[ir.Value]) -> list[ir.Value]:
@@ -422,6 +460,129 @@ def skew_add(typingctx: Any, scores: Any, rows: Any, positions: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(scores, types.intp, scores), codegen
+
+
+class _Rows(NamedTuple):
+    """Rows of numbers in memory, `stride` elements apart."""
+
+    vectors: _Vectors
+    start: ir.Value
+    stride: ir.Value
+
+    def at(self, row: ir.Value | int, column: ir.Value | int = 0) -> ir.Value:
+        """Point at a number."""
+        index = cgutils.intp_t(row) if isinstance(row, int) else row
+        return self.vectors.at(self.vectors.at(self.start, self.vectors.builder.mul(index, self.stride)), column)
+
+    def below(self, row: ir.Value) -> _Rows:
+        """Leave out the rows before `row`."""
+        return self._replace(start=self.at(row))
+
+
+def _in_blocks(builder: ir.IRBuilder, count: ir.Value, sizes: Sequence[int], emit: Callable[..., None]) -> None:
+    """Emit ``emit(start, size)`` for the blocks that 0 to `count` falls into: of sizes[0], the rest of sizes[1], ..."""
+    start: ir.Value = cgutils.intp_t(0)
+    for size in dict.fromkeys(sizes):
+        step = cgutils.intp_t(size)
+        stop = builder.sub(count, builder.srem(builder.sub(count, start), step))
+        with cgutils.for_range_slice(builder, start, stop, step) as (index, _):
+            emit(index, size)
+        start = stop
+
+
+def _dot_block(rows: int, out: _Rows, x: _Rows, w: _Rows, columns: ir.Value, depth: ir.Value) -> None:
+    """Emit `dot_rows` for a fixed number of rows of x."""
+    vectors, builder = out.vectors, out.vectors.builder
+
+    def tile(n: ir.Value, size: int) -> None:
+        w_rows = w.below(n)
+        sums = [_variables(builder, [vectors.constant(0.0)] * size) for _ in range(rows)]
+
+        def step(t: ir.Value, width: int) -> None:
+            load = vectors.load if width > 1 else vectors.load_one
+            places = [w_rows.at(r, t) for r in range(size)]
+            for place in places if width > 1 else ():
+                vectors.prefetch(place)
+            factors = list(map(load, places))
+            for i, slots in enumerate(sums):
+                value, totals = load(x.at(i, t)), _current(builder, slots)
+                terms = [vectors.multiply_add(value, *pair) for pair in zip(factors, totals, strict=True)]
+                _assign(builder, slots, terms)
+
+        _in_blocks(builder, depth, (vectors.count, 1), step)
+        for i, slots in enumerate(sums):
+            vectors.store_sums(_current(builder, slots), out.at(i, n))
+
+    _in_blocks(builder, columns, (max(1, min(8, _FEW_SUMS // rows)), 1), tile)
+
+
+def _add_block(rows: int, out: _Rows, p: _Rows, v: _Rows, columns: ir.Value, depth: ir.Value) -> None:
+    """Emit `add_rows` for a fixed number of rows of out."""
+    vectors, builder = out.vectors, out.vectors.builder
+
+    def tile(c: ir.Value, size: int) -> None:
+        load, store = (vectors.load, vectors.store) if size > 1 else (vectors.load_one, vectors.store_one)
+        parts = [builder.add(c, cgutils.intp_t(part)) for part in range(0, size, vectors.count)]
+        places = [[out.at(i, part) for part in parts] for i in range(rows)]
+        sums = [_variables(builder, list(map(load, row))) for row in places]
+        with cgutils.for_range(builder, depth) as loop:
+            sources = [v.at(loop.index, part) for part in parts]
+            for source in sources if size > 1 else ():
+                vectors.prefetch(source)
+            values = list(map(load, sources))
+            for i, slots in enumerate(sums):
+                weight, totals = vectors.load_scalar(p.at(i, loop.index)), _current(builder, slots)
+                terms = [vectors.multiply_add(weight, *pair) for pair in zip(values, totals, strict=True)]
+                _assign(builder, slots, terms)
+        for row, slots in zip(places, sums, strict=True):
+            for place, value in zip(row, _current(builder, slots), strict=True):
+                store(value, place)
+
+    widest = vectors.count * max(1, min(4, _FEW_SUMS // rows))
+    _in_blocks(builder, columns, (widest, vectors.count, 1), tile)
+
+
+def _by_blocks_of_rows(emit_block: Callable[..., None], builder: ir.IRBuilder, kind: Any, args: Any) -> None:
+    """Emit a product of three operands, each a pointer and a stride, for any number of rows of the first two."""
+    rows, columns, depth = args[:3]
+    vectors = _Vectors(builder, kind)
+    out, left, right = (_Rows(vectors, *args[i : i + 2]) for i in (3, 5, 7))
+
+    def block(i: ir.Value, size: int) -> None:
+        emit_block(size, out.below(i), left.below(i), right, columns, depth)
+
+    _in_blocks(builder, rows, _ROW_BLOCKS, block)
+
+
+@intrinsic
+def dot_rows(
+    typingctx: Any, rows: Any, columns: Any, depth: Any,
+    out: Any, out_stride: Any, x: Any, x_stride: Any, w: Any, w_stride: Any,
+) -> Any:  # fmt: skip
+    """Set ``out[i, n] = x[i] . w[n]`` for `rows` rows i of x and `columns` rows n of w, `depth` numbers each.
+
+    Meant for few rows of x; the terms of a sum are added in the same order however many there are.
+    """
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        _by_blocks_of_rows(_dot_block, builder, out, args)
+        return context.get_dummy_value()
+
+    return types.void(*(types.intp,) * 3, *(out, types.intp) * 3), codegen
+
+
+@intrinsic
+def add_rows(
+    typingctx: Any, rows: Any, columns: Any, depth: Any,
+    out: Any, out_stride: Any, p: Any, p_stride: Any, v: Any, v_stride: Any,
+) -> Any:  # fmt: skip
+    """Add ``sum over j of p[i, j] v[j]`` to `rows` rows i of out, for `depth` rows j of v, `columns` numbers each."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        _by_blocks_of_rows(_add_block, builder, out, args)
+        return context.get_dummy_value()
+
+    return types.void(*(types.intp,) * 3, *(out, types.intp) * 3), codegen
 
 
 @intrinsic
