@@ -22,7 +22,10 @@ from .request import resolve
 @options.output_options("table", "json", "csv", "md")
 @options.plot_option
 @click.option(
-    "--energy", is_flag=False, flag_value="int8-dram", metavar="[NAME]",
+    "--energy",
+    is_flag=False,
+    flag_value="int8-dram",
+    metavar="[NAME]",
     help="Also joules, from published figures: int8-dram, int8-dram-high, int8-sram, fp16-dram or fp32-dram.",
 )
 def command(

@@ -8,6 +8,7 @@ from typing import Any
 
 Row = Sequence[str]
 WIDTH = 118  # columns that a table of words may take
+WIDEST_COLUMN = 31  # of words, but for the last column
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,12 @@ def _tabulated(table: Table, headers: Row, rows: Sequence[Any], form: str, **opt
 
 
 def _widest(table: Table) -> list[int | None] | None:
-    """In a table of words only, what is left for the last column; longer cells are broken."""
+    """In a table of words only, how wide the columns may be: the last one as what is left; longer cells are broken."""
     if table.left < len(table.headers) or not table.rows:
         return None
-    before = sum(max(map(len, cells)) + 2 for cells in list(zip(table.headers, *table.rows, strict=True))[:-1])
-    return [None] * (len(table.headers) - 1) + [max(WIDTH - before, 24)]
+    columns = list(zip(table.headers, *table.rows, strict=True))[:-1]
+    widths = [min(max(map(len, cells)), WIDEST_COLUMN) for cells in columns]
+    return [*widths, max(WIDTH - sum(widths) - 2 * len(widths), 24)]
 
 
 def _group_line(groups: Sequence[tuple[str, int]], widths: Sequence[int]) -> str:

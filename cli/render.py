@@ -267,9 +267,7 @@ def _weights_text(result: Mapping[str, Any]) -> str:
 ENERGIES = ("weights", "activations", "arithmetic")
 
 
-def energy_blocks(
-    result: Mapping[str, Any], model: Mapping[str, Any] | None, baselines: Sequence[str]
-) -> list[Block]:
+def energy_blocks(result: Mapping[str, Any], model: Mapping[str, Any] | None, baselines: Sequence[str]) -> list[Block]:
     """Joules per component, and the power at the rate of the input."""
     if model is None:
         return []

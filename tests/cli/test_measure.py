@@ -43,8 +43,9 @@ def test_schema(effref, calibrated) -> None:
 
 
 DECODE = [
-    *"measure --phase decode --kv-len 4,9 --model smollm2-135m --layers 2 --d-model 24 --heads 6 --kv-heads 3".split(),
-    *"--d-ff 20 --vocab 50 --engine numpy --threads 1 --repeats 2".split(),
+    "measure", "--phase", "decode", "--kv-len", "4,9", "--model", "smollm2-135m", "--layers", "2", "--d-model", "24",
+    "--heads", "6", "--kv-heads", "3", "--d-ff", "20", "--vocab", "50", "--engine", "numpy", "--threads", "1",
+    "--repeats", "2",
 ]  # fmt: skip
 
 

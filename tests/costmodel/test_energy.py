@@ -46,7 +46,7 @@ def test_companions_and_power_at_the_rate_of_chunks() -> None:
 
 
 def test_energy_does_not_depend_on_the_dtype_of_the_pass() -> None:
-    """The deployed precision is the energy model's, so float16 and float64 passes give one figure, but for token ids."""
+    """The deployed precision is the energy model's: float16 and float64 passes give one figure."""
     two = [
         energy(estimate("dense", EMFORMER, dataclasses.replace(CHUNK, dtype=dtype)), INT8).total.total
         for dtype in ("float16", "float64")
