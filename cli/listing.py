@@ -40,7 +40,7 @@ def models() -> Rows:
             "heads": config.heads,
             "kv_heads": config.kv_heads,
             "d_ff": config.d_ff,
-            "reads": config.stem,
+            "reads": config.reads,
             "positions": config.position,
             "max_positions": config.max_positions or None,
             "causal": config.causal,

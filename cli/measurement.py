@@ -31,13 +31,13 @@ from refimpl.weights import Model, load_model
 
 from . import context, machines, results
 from .agreement import agreement
+from .preparation import prepared
 from .progress import Progress
 from .request import BASELINES, METHODS, Request, resolve
 from .results import Samples
 
 SECONDS = 40.0
 REPEATS, DECODE_REPEATS = 5, 25
-NOTABLE_S = 0.5  # of preparing a method, from which it is said
 ROOF_TOLERANCE = 1.05  # measured over peak, above which a formula must be wrong
 
 
@@ -267,12 +267,7 @@ class Bench:
     def _prepare(self, name: str) -> Prepared:
         """Let a method find what it needs first, on the longest input; this is no part of its latency."""
         inputs = self.inputs[self.request.lengths[-1]].array
-        start = time.perf_counter()
-        ready = self.runner.prepare(name, self.request.params.get(name), inputs, self.progress.advance)
-        spent = time.perf_counter() - start
-        if spent > NOTABLE_S:
-            self.progress.note(f"{name} was prepared in {spent:.1f} s, which counts for no pass")
-        return ready
+        return prepared(self.runner, name, self.request.params.get(name), inputs, self.progress)[0]
 
     def run(self) -> bool:
         """Measure all lengths; False when it was interrupted, with what was seen until then."""
@@ -355,11 +350,12 @@ class Bench:
                 self.runner(past, self.ready[name], causal=self.request.causal, record=False, cache=cache)
 
     def _split(self, inputs: Any, length: int) -> tuple[Any, Any]:
-        """The inputs of the cached positions and of the new ones; both have the right context of a streaming model."""
+        """The inputs of the cached positions (of whole chunks, if need be of more) and of the new ones."""
         config = self.request.config
         if not config.streams:
             return inputs[:, :length], inputs[:, length:]
-        return inputs[:, : config.stem_length(length)], inputs[:, length * config.reduction :]
+        filled = -(-length // config.chunk) * config.chunk
+        return inputs[:, : config.stem_length(filled)], inputs[:, length * config.reduction :]
 
     def _place(self, length: int) -> str:
         return f"{'S' if self.request.decodes else 'T'}={length}"

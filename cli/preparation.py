@@ -130,7 +130,8 @@ def prepared(
 def _prepared_now(
     runner: Runner, method: str, params: Mapping[str, Any] | None, inputs: Array, place: Path | None, progress: Progress
 ) -> tuple[Prepared, dict[str, Any] | None]:
-    progress.stage(f"preparing {method}")
+    if hasattr(CATALOG[method].parameters, "to_document"):  # something has to be found
+        progress.stage(f"preparing {method}")
     start = time.perf_counter()
     ready = runner.prepare(method, params, inputs, progress.advance)
     spent = round(time.perf_counter() - start, 3)

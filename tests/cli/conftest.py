@@ -36,7 +36,7 @@ def effref() -> Callable[..., Result]:
     return run
 
 
-KINDS = [*FORMULAS, *(f"{op}, {few}" for op in FORMULAS for few in ("few rows", "few queries"))]
+KINDS = [*FORMULAS, *(f"{op}, {few}" for op in FORMULAS for few in ("few rows", "few queries", "causal"))]
 
 
 def profile(**changes: Any) -> Hardware:
