@@ -166,6 +166,10 @@ class _Run:
     passes: list[Run] = field(default_factory=list)
 
     def once(self) -> Run:
+        """One pass; a step of decoding is one of several, so another one goes before it."""
+        if self.cache is not None and self.cell.kv_len:
+            self.cache.truncate(self.cell.kv_len)
+            self.runner(self.inputs, self.method, self.params, cache=self.cache, record=False)
         if self.cache is not None:
             self.cache.truncate(self.cell.kv_len)
         return self.runner(self.inputs, self.method, self.params, cache=self.cache)
