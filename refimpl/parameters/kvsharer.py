@@ -81,8 +81,8 @@ class KVSharerParameters:
 
     @classmethod
     def sweep(cls, config: ModelConfig) -> dict[str, tuple[Any, ...]]:
-        """Shared layers as in the paper: none, 12.5, 25 and 37.5 %."""
-        return {"layers": tuple(sorted({eighths * config.layers // 8 for eighths in range(4)}))}
+        """Shared layers: none, 12.5, 25 and 37.5 % as in the paper, and half of them."""
+        return {"layers": tuple(sorted({eighths * config.layers // 8 for eighths in range(5)}))}
 
     def check(self, config: ModelConfig) -> None:
         """Raise ConfigError where the parameters do not fit the model."""

@@ -752,9 +752,9 @@ def test_parameters_without_a_strategy_have_no_document() -> None:
     assert KVSharerParameters(strategy=[[2, 1]]).to_document()["pairs"] == [[2, 1]]
 
 
-def test_sweep_is_that_of_the_paper() -> None:
+def test_sweep_is_that_of_the_paper_and_half_of_the_layers() -> None:
     """12.5, 25 and 37.5 % of 32 layers."""
-    assert KVSharerParameters.sweep(preset("llama-2-7b")) == {"layers": (0, 4, 8, 12)}
+    assert KVSharerParameters.sweep(preset("llama-2-7b")) == {"layers": (0, 4, 8, 12, 16)}
     assert KVSharerParameters.sweep(_config(layers=1)) == {"layers": (0,)}
     assert KVSharerParameters().count(preset("llama-2-7b")) == 8
 
