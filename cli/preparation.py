@@ -122,7 +122,8 @@ def prepared(
             progress.line(f"{error}: it is found anew")
         else:
             document = ready.parameters.to_document()
-            progress.note(f"{method} was prepared before, in {document.get('prepared_s')} s: {place}")
+            progress.note(f"{method} was prepared before, in {document.get('prepared_s')} s")
+            progress.line(f"read from {place}")
             return ready, document
     return _prepared_now(runner, method, params, inputs, place, progress)
 

@@ -1,4 +1,4 @@
-"""One benchmark per method: two layers of Conformer-M at T = 512 (float32)."""
+"""One benchmark per method: two layers of its example model at T = 512 (float32)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from refimpl.inputs import random_inputs
 from refimpl.methods import CATALOG
 from refimpl.model import Runner
 
-CONFIG = override(preset("conformer-m"), layers=2)
-MODEL = load_model(CONFIG)
 T = 512
 
 
 @pytest.mark.parametrize("method", CATALOG)
 def test_method(benchmark: Any, engine: Any, method: str) -> None:
-    runner, inputs = Runner(MODEL, engine), random_inputs(CONFIG, T)
-    runner(inputs, method, record=False)  # compiles
-    cost = costmodel.estimate(method, CONFIG, Workload(T)).total
+    config = override(preset(CATALOG[method].model), layers=2)
+    runner, inputs = Runner(load_model(config), engine), random_inputs(config, T)
+    ready = runner.prepare(method, {}, inputs)
+    runner(inputs, ready, record=False)  # compiles
+    cost = costmodel.estimate(method, config, Workload(T), ready.parameters).total
     benchmark.group = "methods"
     benchmark.extra_info.update(flops=int(cost.flops), bytes_moved=int(cost.bytes_moved))
-    benchmark(runner, inputs, method, record=False)
+    benchmark(runner, inputs, ready, record=False)
