@@ -22,8 +22,8 @@ from costmodel.predict import Prediction, predict
 from refimpl.cache import Cache
 from refimpl.config import DTYPES, ModelConfig
 from refimpl.errors import ConfigError, InputError, UnsupportedError
-from refimpl.methods import CATALOG
 from refimpl.methods.dense import Dense
+from refimpl.methods.programs import PROGRAMS
 from refimpl.model import Prepared, Runner
 from refimpl.weights import Model, load_model
 
@@ -261,7 +261,7 @@ def _announce(plan: Plan, material: Material, progress: Progress) -> None:
 
 def _looks_first(method: str) -> bool:
     """Whether a method finds something before it runs."""
-    return CATALOG[method].program.complete.__func__ is not Dense.complete.__func__  # type: ignore[attr-defined]
+    return PROGRAMS[method].complete.__func__ is not Dense.complete.__func__  # type: ignore[attr-defined]
 
 
 # --- the passes -----------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import subprocess
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
@@ -130,6 +129,8 @@ def _commit() -> str | None:
     root = Path(__file__).resolve().parents[1]
     if not ((root / ".git").exists() and (root / "pyproject.toml").is_file()):
         return None
+    import subprocess
+
     with suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(
             ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=5

@@ -10,7 +10,7 @@ from typing import Any
 
 from refimpl.config import ModelConfig
 from refimpl.errors import ConfigError, unknown
-from refimpl.methods import CATALOG
+from refimpl.parameters import PARAMETERS
 
 from .request import BASELINES
 
@@ -86,7 +86,7 @@ def _check(option: str, given: Settings, methods: Sequence[str]) -> None:
     for name, chosen in given.items():
         if name not in methods:
             raise ConfigError(f"{option} is given for '{name}', which is not among the methods: {', '.join(methods)}")
-        known = list(CATALOG[name].parameters.__dataclass_fields__)
+        known = list(PARAMETERS[name].__dataclass_fields__)
         for key, value in chosen.items():
             if key not in known:
                 raise unknown(f"parameter of {name}", key, known)
@@ -99,7 +99,7 @@ def _curves(
     config: ModelConfig,
 ) -> Iterator[Point]:  # fmt: skip
     _check_apart(name, {"--set": fixed, "--over": over, "--vary": vary})
-    row = CATALOG[name].parameters
+    row = PARAMETERS[name]
     knobs = over or ({} if getattr(row, "FILE", None) in fixed else row.sweep(config))
     turned = {knob: values for knob, values in knobs.items() if knob not in fixed and knob not in vary}
     for chosen in itertools.product(*vary.values()):

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from costmodel.energy import energy as energy_of
-from costmodel.energy import energy_model
 from costmodel.hardware import Hardware
 from costmodel.predict import predict
 from refimpl.config import ModelConfig
@@ -16,6 +14,9 @@ from refimpl.config import ModelConfig
 from . import machines, results
 from .progress import Progress
 from .request import METHODS, Request, resolve
+
+if TYPE_CHECKING:
+    from costmodel.energy import EnergyModel
 
 
 def estimate(
@@ -99,7 +100,7 @@ def estimated(
     request: Request, hardware: str | Hardware | None, progress: Progress, energy: str | None = None
 ) -> dict[str, Any]:
     """The result without its context."""
-    joules = energy_model(energy) if energy else None
+    joules = _energy_model(energy) if energy else None
     machine = machines.choose(hardware, request.engine, request.threads, request.dtype, progress)
     found = []
     for length in request.lengths:
@@ -109,7 +110,13 @@ def estimated(
             result = results.entry(request, name, predictions[name])
             result["speedup"] = results.speedups(seconds, {}, name)
             if joules:
-                results.add_energy(result, {other: energy_of(p.estimate, joules) for other, p in predictions.items()})
+                results.add_energy(result, predictions, joules)
             found.append(result)
     document = results.document(request, machine, found, progress.notes)
     return {**document, "energy_model": asdict(joules)} if joules else document
+
+
+def _energy_model(name: str) -> EnergyModel:
+    from costmodel.energy import energy_model
+
+    return energy_model(name)

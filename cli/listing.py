@@ -13,6 +13,7 @@ def methods() -> Rows:
     """The catalogue, in reading order."""
     from refimpl.engines import ENGINES
     from refimpl.methods import CATALOG
+    from refimpl.parameters import PARAMETERS
 
     return [
         {
@@ -21,7 +22,7 @@ def methods() -> Rows:
             "title": row.title,
             "paper": row.paper,
             "example_model": row.model,
-            "parameters": {field.name: field.default for field in fields(row.parameters)},
+            "parameters": {field.name: field.default for field in fields(PARAMETERS[name])},
             "engines": list(ENGINES),
         }
         for name, row in CATALOG.items()

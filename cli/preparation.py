@@ -17,6 +17,7 @@ from refimpl.errors import ConfigError
 from refimpl.inputs import load_input
 from refimpl.methods import CATALOG, parameters
 from refimpl.model import Prepared, Runner
+from refimpl.parameters import PARAMETERS
 from refimpl.preparation.checksum import checksum
 from refimpl.weights import load_model
 
@@ -77,7 +78,7 @@ def request_for(
     model: str | Path | ModelConfig | None, method: str, params: Mapping[str, Any] | None, **given: Any
 ) -> Request:
     """What is asked for, checked; ConfigError for a method that finds nothing beforehand."""
-    able = [name for name, row in CATALOG.items() if hasattr(row.parameters, "to_document")]
+    able = [name for name, kind in PARAMETERS.items() if hasattr(kind, "to_document")]
     if method in CATALOG and method not in able:
         raise ConfigError(f"method '{method}' finds nothing before it runs; these do: {', '.join(able)}")
     return resolve(model, seq=1, method=method, params={method: params or {}}, **given)
@@ -131,7 +132,7 @@ def prepared(
 def _prepared_now(
     runner: Runner, method: str, params: Mapping[str, Any] | None, inputs: Array, place: Path | None, progress: Progress
 ) -> tuple[Prepared, dict[str, Any] | None]:
-    if hasattr(CATALOG[method].parameters, "to_document"):  # something has to be found
+    if hasattr(PARAMETERS[method], "to_document"):  # something has to be found
         progress.stage(f"preparing {method}")
     start = time.perf_counter()
     ready = runner.prepare(method, params, inputs, progress.advance)

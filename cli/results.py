@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import costmodel
 from costmodel.closed_form import Estimate
-from costmodel.energy import Energy
 from costmodel.hardware import Hardware
 from costmodel.ops import Cost
 from costmodel.predict import Prediction, Seconds
 
 from .request import BASELINES, Request
+
+if TYPE_CHECKING:
+    from costmodel.energy import EnergyModel
 
 SCHEMA_VERSION = 1
 SMALL = 0.02  # components below this share of the measured time do not count for accuracy
@@ -127,8 +129,11 @@ def _figures(calls: Any, cost: Cost, time: Seconds) -> dict[str, Any]:
     }
 
 
-def add_energy(result: dict[str, Any], energies: Mapping[str, Energy]) -> None:
+def add_energy(result: dict[str, Any], predictions: Mapping[str, Prediction], model: EnergyModel) -> None:
     """Put joules beside the seconds, and how much less they are than those of each baseline."""
+    from costmodel.energy import energy
+
+    energies = {name: energy(prediction.estimate, model) for name, prediction in predictions.items()}
     own = energies[result["method"]]
     for row in result["components"]:
         row["energy_j"] = float(own.by_component[row["component"]].total)

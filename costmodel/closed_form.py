@@ -16,7 +16,8 @@ from costmodel.streaming import cached_positions, chunks_of, earlier_outputs
 from refimpl.components import CACHE, COMPONENTS, CONVOLUTION, HEAD, NORM, RESIDUAL, STEM
 from refimpl.config import DTYPES, ModelConfig, Workload
 from refimpl.errors import unknown
-from refimpl.parameters import make
+from refimpl.parameters import PARAMETERS
+from refimpl.parameters.base import make
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,8 @@ def estimate(method: str, config: ModelConfig, workload: Workload, params: Any =
     """
     if method not in COSTS:
         raise unknown("method", method, COSTS)
-    cost, parameter_class = COSTS[method]
-    parameters: Any = params if isinstance(params, parameter_class) else make(parameter_class, method, params)
+    cost, kind = COSTS[method], PARAMETERS[method]
+    parameters = params if isinstance(params, kind) else make(kind, method, params)
     parameters.check(config)
     workload.check(config)
     settings = steps_of(config, workload)

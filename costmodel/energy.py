@@ -15,7 +15,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from costmodel.closed_form import Estimate
@@ -66,9 +66,9 @@ _MODELS: dict[str, tuple[int, str, str, tuple[str, ...], str]] = {
 
 @cache
 def energy_models() -> dict[str, EnergyModel]:
-    """The models by name, from the constants in ``hardware.toml`` (Horowitz, ISSCC 2014, 45 nm)."""
-    table = tomllib.loads(resources.files("costmodel").joinpath("hardware.toml").read_text("utf-8"))
-    constants = table["energy-constants"]["horowitz-45nm"]
+    """The models by name, from the constants in ``energy.toml`` (Horowitz, ISSCC 2014, 45 nm)."""
+    table = tomllib.loads(Path(__file__).with_name("energy.toml").read_text("utf-8"))
+    constants = table["horowitz-45nm"]
     return {name: _model(name, constants, *keys) for name, keys in _MODELS.items()}
 
 

@@ -7,13 +7,11 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from refimpl.errors import ConfigError, unknown
 
-NOT_MACHINES = ("energy-constants",)  # tables of hardware.toml that describe no machine
 PROFILE_SCHEMA = 2  # 1 knew no streamed bytes
 
 
@@ -126,8 +124,8 @@ class Hardware:
 @cache
 def presets() -> dict[str, Hardware]:
     """Spec-sheet presets by name, from ``hardware.toml``."""
-    table = tomllib.loads(resources.files("costmodel").joinpath("hardware.toml").read_text("utf-8"))
-    return {name: _preset(name, entry) for name, entry in table.items() if name not in NOT_MACHINES}
+    table = tomllib.loads(Path(__file__).with_name("hardware.toml").read_text("utf-8"))
+    return {name: _preset(name, entry) for name, entry in table.items()}
 
 
 def _preset(name: str, entry: Mapping[str, Any]) -> Hardware:

@@ -11,7 +11,6 @@ import math
 import tomllib
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -356,7 +355,7 @@ class Workload:
 @cache
 def presets() -> dict[str, ModelConfig]:
     """Model shapes by name, from ``presets.toml``."""
-    table = tomllib.loads(resources.files("refimpl").joinpath("presets.toml").read_text("utf-8"))
+    table = tomllib.loads(Path(__file__).with_name("presets.toml").read_text("utf-8"))
     return {name: _from_table(name, entry) for name, entry in table.items()}
 
 

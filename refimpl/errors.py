@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -36,6 +35,8 @@ class MissingDependencyError(EffrefError, ImportError):
 
 def unknown(kind: str, given: str, known: Iterable[str]) -> ConfigError:
     """The error for a name that is not in a list: the nearest name is suggested and all are shown."""
+    import difflib
+
     names = list(known)
     near = difflib.get_close_matches(given, names, n=1)
     hint = f"did you mean '{near[0]}'? " if near else ""

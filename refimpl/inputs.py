@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +66,7 @@ def sample(name: str) -> Path:
     """
     if name not in SAMPLES:
         raise unknown("sample", name, SAMPLES)
-    return Path(str(resources.files("refimpl").joinpath("data", SAMPLES[name])))
+    return Path(__file__).parent / "data" / SAMPLES[name]
 
 
 def load_input(model: Model, path: str | Path, seq: int | None = None) -> Inputs:

@@ -28,9 +28,9 @@ from refimpl.config import ModelConfig
 from refimpl.engines import engine as get_engine
 from refimpl.engines.protocol import Array, Engine
 from refimpl.errors import ConfigError, InputError, ShapeError
-from refimpl.methods import method as catalogue_row
 from refimpl.methods import parameters
 from refimpl.methods.dense import Dense
+from refimpl.methods.programs import PROGRAMS
 from refimpl.methods.steps import Layer
 from refimpl.methods.subject import Progress, Subject
 from refimpl.recorder import At, Call, Recorder, breakdown
@@ -128,7 +128,7 @@ class Prepared:
 
     def program(self) -> Dense:
         """A fresh program for one pass."""
-        return catalogue_row(self.method).program(self.config, self.parameters)
+        return PROGRAMS[self.method](self.config, self.parameters)
 
 
 class Runner:
@@ -170,7 +170,7 @@ class Runner:
         given = parameters(method, params, self.config)
         if (method, given) not in self._prepared:
             subject = Subject(self.model, self.engine, inputs)
-            kind = catalogue_row(method).program
+            kind = PROGRAMS[method]
             complete = kind.complete(given, replace(subject, progress=progress) if progress else subject)
             weights = kind.derive(self.model.weights, self.config, complete)
             placed = self.weights if weights is self.model.weights else _placed(weights, self.engine)

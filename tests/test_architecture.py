@@ -14,8 +14,10 @@ import costmodel
 import refimpl
 from costmodel.methods import COSTS
 from refimpl.methods import CATALOG
+from refimpl.methods.programs import PROGRAMS
+from refimpl.parameters import PARAMETERS
 
-WORDS = {"refimpl.config", "refimpl.components", "refimpl.errors"}
+WORDS = {"refimpl.config", "refimpl.components", "refimpl.errors", "refimpl.registry"}
 ROOT = Path(__file__).parents[1]
 
 
@@ -59,7 +61,5 @@ def test_method_has_its_file_in_every_folder(method: str) -> None:
     assert any(method in path.name for path in (ROOT / "tests" / "methods").glob("test_*.py"))
 
 
-def test_catalogue_and_closed_forms_agree() -> None:
-    assert list(COSTS) == list(CATALOG)
-    for name, (_, parameters) in COSTS.items():
-        assert parameters is CATALOG[name].parameters
+def test_catalogue_programs_and_closed_forms_agree() -> None:
+    assert list(CATALOG) == list(PARAMETERS) == list(PROGRAMS) == list(COSTS)

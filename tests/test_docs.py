@@ -28,6 +28,8 @@ from costmodel.methods import COSTS
 from refimpl.components import ATTENTION, COMPONENTS, OUTPUT, POSITIONS, QKV, SCORES, SOFTMAX, WEIGHTED_SUM
 from refimpl.config import ModelConfig, Workload
 from refimpl.methods import CATALOG
+from refimpl.methods.programs import PROGRAMS
+from refimpl.parameters import PARAMETERS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -102,7 +104,7 @@ def agree(expected: str, printed: str) -> None:
 @pytest.fixture
 def catalogues() -> Iterator[None]:
     """Pages may add a method for a while."""
-    kept = [(table, dict(table)) for table in (CATALOG, COSTS)]
+    kept = [(table, dict(table)) for table in (CATALOG, PARAMETERS, PROGRAMS, COSTS)]
     yield
     for table, before in kept:
         table.clear()
@@ -258,7 +260,7 @@ def test_parameter_tables_are_those_of_the_code(method: str) -> None:
     """Names, in order, with their defaults."""
     wanted = [
         [f"`{field.name}`", f"`{field.default!r}`".replace("'", "") if field.default is not None else "none"]
-        for field in fields(CATALOG[method].parameters)
+        for field in fields(PARAMETERS[method])
         if field.default is not MISSING
     ]
     found = [row[:2] for _, rows in tables(DOCS / "methods" / f"{method}.md", "parameters") for row in rows]

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from costmodel.methods.dense import Dense
-from costmodel.methods.efficientasr import EfficientASR
-from costmodel.methods.flash import Flash
-from costmodel.methods.folding import Folding
-from costmodel.methods.headshare import HeadShare
-from costmodel.methods.kvsharer import KVSharer
-from costmodel.methods.reuse import Reuse
-from refimpl.parameters import (
-    EfficientASRParameters,
-    FoldingParameters,
-    HeadShareParameters,
-    KVSharerParameters,
-    NoParameters,
-    ReuseParameters,
-)
+from typing import TYPE_CHECKING
 
-# name -> (closed form, parameters)
-COSTS: dict[str, tuple[type[Dense], type]] = {
-    "dense": (Dense, NoParameters),
-    "flash": (Flash, NoParameters),
-    "reuse": (Reuse, ReuseParameters),
-    "folding": (Folding, FoldingParameters),
-    "kvsharer": (KVSharer, KVSharerParameters),
-    "headshare": (HeadShare, HeadShareParameters),
-    "efficientasr": (EfficientASR, EfficientASRParameters),
-}
+from refimpl.registry import Registry
+
+if TYPE_CHECKING:
+    from costmodel.methods.dense import Dense
+
+COSTS: Registry[type[Dense]] = Registry(
+    {
+        "dense": "costmodel.methods.dense:Dense",
+        "flash": "costmodel.methods.flash:Flash",
+        "reuse": "costmodel.methods.reuse:Reuse",
+        "folding": "costmodel.methods.folding:Folding",
+        "kvsharer": "costmodel.methods.kvsharer:KVSharer",
+        "headshare": "costmodel.methods.headshare:HeadShare",
+        "efficientasr": "costmodel.methods.efficientasr:EfficientASR",
+    }
+)

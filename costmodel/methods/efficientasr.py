@@ -16,7 +16,7 @@ from costmodel.methods.steps import Setting, times
 from costmodel.ops import MASK_BYTES, Op, Quantity, visible_pairs
 from refimpl.components import FEED_FORWARD, SCORES
 from refimpl.config import ModelConfig
-from refimpl.parameters import EfficientASRParameters
+from refimpl.parameters.efficientasr import EfficientASRParameters
 
 
 @dataclass(frozen=True)

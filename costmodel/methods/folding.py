@@ -15,7 +15,7 @@ from costmodel.methods.flash import Flash
 from costmodel.methods.steps import Setting, times
 from costmodel.ops import MASK_BYTES, Op, Quantity
 from refimpl.components import POSITIONS
-from refimpl.parameters import FoldingParameters
+from refimpl.parameters.folding import FoldingParameters
 
 
 @dataclass(frozen=True)

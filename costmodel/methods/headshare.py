@@ -8,7 +8,7 @@ from __future__ import annotations
 from costmodel.methods.dense import Dense
 from costmodel.ops import Quantity
 from refimpl.config import ModelConfig
-from refimpl.parameters import HeadShareParameters
+from refimpl.parameters.headshare import HeadShareParameters
 
 # Weights of a head that are compared, in units of D d.
 COMPARED = {"q": 1, "k": 1, "v": 1, "qk": 2, "qkv": 3, "total": 1}

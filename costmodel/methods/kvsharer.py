@@ -12,7 +12,7 @@ from costmodel.methods.dense import Dense
 from costmodel.methods.flash import fused_context
 from costmodel.ops import Op, Quantity
 from refimpl.components import QKV
-from refimpl.parameters import KVSharerParameters
+from refimpl.parameters.kvsharer import KVSharerParameters
 
 
 class KVSharer(Dense):

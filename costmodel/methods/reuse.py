@@ -12,7 +12,7 @@ from costmodel.methods.dense import Dense
 from costmodel.methods.steps import times
 from costmodel.ops import Op, Quantity
 from refimpl.components import QKV, SOFTMAX, WEIGHTED_SUM
-from refimpl.parameters import ReuseParameters
+from refimpl.parameters.reuse import ReuseParameters
 
 
 class Reuse(Dense):

@@ -1,4 +1,4 @@
-"""The methods. `CATALOG` is the one table that programs, cost model, command line and documentation read."""
+"""The methods. `CATALOG` is the one table that runner, cost model, command line and documentation read."""
 
 from __future__ import annotations
 
@@ -8,22 +8,8 @@ from typing import Any
 
 from refimpl.config import ModelConfig
 from refimpl.errors import unknown
-from refimpl.methods.dense import Dense
-from refimpl.methods.efficientasr import EfficientASR
-from refimpl.methods.flash import Flash
-from refimpl.methods.folding import Folding
-from refimpl.methods.headshare import HeadShare
-from refimpl.methods.kvsharer import KVSharer
-from refimpl.methods.reuse import Reuse
-from refimpl.parameters import (
-    EfficientASRParameters,
-    FoldingParameters,
-    HeadShareParameters,
-    KVSharerParameters,
-    NoParameters,
-    ReuseParameters,
-    make,
-)
+from refimpl.parameters import PARAMETERS
+from refimpl.parameters.base import make
 
 
 @dataclass(frozen=True)
@@ -33,8 +19,6 @@ class Method:
     title: str
     paper: str
     exact: bool
-    program: type[Dense]
-    parameters: type[Any]
     model: str  # the example model, used where none is named
     equation: str
     reading: str  # what our reading adds where the source is silent
@@ -46,8 +30,6 @@ CATALOG: dict[str, Method] = {
         title="exact attention, map materialised",
         paper="Vaswani et al., arXiv 1706.03762",
         exact=True,
-        program=Dense,
-        parameters=NoParameters,
         model="conformer-m",
         equation="Y = softmax(Q K^T / sqrt(D) + mask) V Wo^T",
         reading="nothing",
@@ -56,8 +38,6 @@ CATALOG: dict[str, Method] = {
         title="exact attention, fused",
         paper="Dao et al., arXiv 2205.14135",
         exact=True,
-        program=Flash,
-        parameters=NoParameters,
         model="conformer-m",
         equation="Y = softmax(Q K^T / sqrt(D) + mask) V Wo^T, row blocks with a running maximum; no T x T map",
         reading="relative positions are added tile by tile inside the fused op",
@@ -66,8 +46,6 @@ CATALOG: dict[str, Method] = {
         title="attention map reuse across layers",
         paper="Shim, Choi, Sung, arXiv 2301.12444",
         exact=False,
-        program=Reuse,
-        parameters=ReuseParameters,
         model="conformer-m",
         equation="compute layer: A = softmax(Q K^T / sqrt(D) + mask), Y = A V Wo^T; reuse layer: Y = A (X Wv^T) Wo^T",
         reading="group size and grouping (not known from the paper), the kept output projection, the sharing point",
@@ -76,8 +54,6 @@ CATALOG: dict[str, Method] = {
         title="folding attention: linear maps on parts of a position",
         paper="Li et al., arXiv 2309.07988",
         exact=False,
-        program=Folding,
-        parameters=FoldingParameters,
         model="emformer-rnnt-base",
         equation="X'[t n + j] = X[t, j d/n : (j+1) d/n], Y' = softmax(Q' K'^T / sqrt(D') + mask) V' Wo'^T on T n rows",
         reading="n, heads, mask, folded layers and feed-forward (the paper's are not known); weights by projection",
@@ -86,8 +62,6 @@ CATALOG: dict[str, Method] = {
         title="keys and values shared across layers",
         paper="Yang et al., arXiv 2410.18517",
         exact=False,
-        program=KVSharer,
-        parameters=KVSharerParameters,
         model="smollm2-135m",
         equation="shared layer i with source j < i: O_i = softmax(Q_i K_j^T / sqrt(D) + mask) V_j Wo_i^T",
         reading="C by default a quarter of the layers, samples cut to one length, shared layers without Wk and Wv",
@@ -96,8 +70,6 @@ CATALOG: dict[str, Method] = {
         title="attention weights shared by heads",
         paper="Cao, Yang, Zhao, arXiv 2402.11819",
         exact=False,
-        program=HeadShare,
-        parameters=HeadShareParameters,
         model="minilm-l6",
         equation="floor(r L H) best matches: Wq, Wk, Wv, Wo of head (l, h) = those of (l', h'), l' < l; then as dense",
         reading="chains of matches are followed to their end; biases of q, k, v are shared; ties; no grouped key heads",
@@ -106,8 +78,6 @@ CATALOG: dict[str, Method] = {
         title="EfficientASR, our reading: shared residual attention, feed-forward in chunks of channels",
         paper="Wang et al., arXiv 2404.19214",
         exact=False,
-        program=EfficientASR,
-        parameters=EfficientASRParameters,
         model="conformer-m",
         equation="compute layer: R = Q K^T / sqrt(D) + alpha R_before, A = softmax(R + mask + band), Y = A V Wo^T; "
         "reuse layer: Y = A (X Wv^T) Wo^T; feed-forward: [act(x_1 W1_1^T) W2_1^T, ..., act(x_n W1_n^T) W2_n^T]",
@@ -125,6 +95,7 @@ def method(name: str) -> Method:
 
 def parameters(name: str, given: Mapping[str, Any] | None, config: ModelConfig) -> Any:
     """The parameters of method `name`, checked against the model."""
-    made = make(method(name).parameters, name, given)
+    method(name)
+    made = make(PARAMETERS[name], name, given)
     made.check(config)
     return made

@@ -26,7 +26,7 @@ from refimpl.methods.flash import fused_context
 from refimpl.methods.folding import fold, unfold
 from refimpl.methods.reuse import Reuse
 from refimpl.methods.steps import Layer, Queries, feed_forward, logits, project_heads
-from refimpl.parameters import EfficientASRParameters
+from refimpl.parameters.efficientasr import EfficientASRParameters
 from refimpl.recorder import At
 from refimpl.weights.layout import Weights, rows_of
 

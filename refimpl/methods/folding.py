@@ -23,7 +23,7 @@ from refimpl.errors import UnsupportedError
 from refimpl.methods.dense import Dense
 from refimpl.methods.flash import Flash
 from refimpl.methods.steps import Layer, feed_forward
-from refimpl.parameters import FoldingParameters
+from refimpl.parameters.folding import FoldingParameters
 from refimpl.recorder import At
 from refimpl.weights.layout import Weights, rows_of
 

@@ -13,8 +13,7 @@ from dataclasses import replace
 from refimpl.config import ModelConfig
 from refimpl.methods.dense import Dense
 from refimpl.methods.subject import Subject
-from refimpl.parameters import HeadShareParameters
-from refimpl.parameters.headshare import Matches
+from refimpl.parameters.headshare import HeadShareParameters, Matches
 from refimpl.preparation.headpool import share
 from refimpl.preparation.headshare import find_matches
 from refimpl.weights.layout import Weights

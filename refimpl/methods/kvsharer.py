@@ -23,7 +23,7 @@ from refimpl.methods.dense import Dense
 from refimpl.methods.flash import fused_context
 from refimpl.methods.steps import Layer, Queries, place_keys, place_queries, project_heads, project_output
 from refimpl.methods.subject import Subject
-from refimpl.parameters import KVSharerParameters
+from refimpl.parameters.kvsharer import KVSharerParameters
 from refimpl.recorder import At
 from refimpl.weights.layout import Weights, rows_of
 

@@ -28,7 +28,7 @@ from refimpl.methods.steps import (
     seen_keys,
     seen_values,
 )  # fmt: skip
-from refimpl.parameters import ReuseParameters
+from refimpl.parameters.reuse import ReuseParameters
 from refimpl.recorder import At
 from refimpl.weights.layout import Weights, rows_of
 

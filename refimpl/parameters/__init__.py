@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from refimpl.parameters.base import NoParameters, make
-from refimpl.parameters.efficientasr import EfficientASRParameters
-from refimpl.parameters.folding import FoldingParameters
-from refimpl.parameters.headshare import HeadShareParameters
-from refimpl.parameters.kvsharer import KVSharerParameters
-from refimpl.parameters.reuse import ReuseParameters
+from typing import Any
 
-__all__ = [
-    "EfficientASRParameters",
-    "FoldingParameters",
-    "HeadShareParameters",
-    "KVSharerParameters",
-    "NoParameters",
-    "ReuseParameters",
-    "make",
-]
+from refimpl.registry import Registry
+
+# method -> frozen dataclass
+PARAMETERS: Registry[type[Any]] = Registry(
+    {
+        "dense": "refimpl.parameters.base:NoParameters",
+        "flash": "refimpl.parameters.base:NoParameters",
+        "reuse": "refimpl.parameters.reuse:ReuseParameters",
+        "folding": "refimpl.parameters.folding:FoldingParameters",
+        "kvsharer": "refimpl.parameters.kvsharer:KVSharerParameters",
+        "headshare": "refimpl.parameters.headshare:HeadShareParameters",
+        "efficientasr": "refimpl.parameters.efficientasr:EfficientASRParameters",
+    }
+)

@@ -129,6 +129,8 @@ def resolve_config(name_or_path: str | Path | ModelConfig) -> ModelConfig:
     ConfigError
         If the name or the path is unknown, or the file is not a model's ``config.json``.
     """
+    if name_or_path in presets():  # nothing is looked for on disk
+        return preset(str(name_or_path))
     return _Location.of(name_or_path).config
 
 

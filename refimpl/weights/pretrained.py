@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import IO, Any
 
@@ -84,7 +83,7 @@ class Entry:
 @cache
 def available() -> dict[str, Entry]:
     """The models that can be fetched, by preset name."""
-    text = resources.files("refimpl.weights").joinpath("pretrained.toml").read_text("utf-8")
+    text = Path(__file__).with_name("pretrained.toml").read_text("utf-8")
     return {name: _entry(name, table) for name, table in tomllib.loads(text).items()}
 
 

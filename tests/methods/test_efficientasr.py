@@ -23,7 +23,7 @@ from refimpl.errors import ConfigError
 from refimpl.methods.dense import Dense
 from refimpl.methods.efficientasr import EfficientASR
 from refimpl.methods.steps import Layer
-from refimpl.parameters import EfficientASRParameters
+from refimpl.parameters.efficientasr import EfficientASRParameters
 from refimpl.recorder import tally
 from refimpl.weights.layout import Weights
 

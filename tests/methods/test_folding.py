@@ -25,8 +25,7 @@ from refimpl.errors import ConfigError, UnsupportedError
 from refimpl.methods.folding import Folding, fold, unfold
 from refimpl.methods.steps import Layer
 from refimpl.model import LAYERS, position_tables
-from refimpl.parameters import FoldingParameters
-from refimpl.parameters.folding import SETTINGS
+from refimpl.parameters.folding import SETTINGS, FoldingParameters
 from refimpl.weights.layout import Weights
 
 ENGINE = NumpyEngine()

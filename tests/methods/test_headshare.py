@@ -24,8 +24,7 @@ from refimpl.config import ModelConfig, Workload, preset, presets
 from refimpl.errors import ConfigError, WeightsError
 from refimpl.methods.headshare import HeadShare
 from refimpl.methods.subject import Subject
-from refimpl.parameters import HeadShareParameters
-from refimpl.parameters.headshare import MATCHED, Matches
+from refimpl.parameters.headshare import MATCHED, HeadShareParameters, Matches
 from refimpl.preparation.headpool import compact, expand, load, save, share
 from refimpl.preparation.headshare import cosines, find_matches, head_rows
 from refimpl.preparation.postshare import TERMS, stacked_heads, weight_loss

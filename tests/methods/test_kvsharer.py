@@ -22,8 +22,7 @@ from refimpl.errors import ConfigError, EffrefError, InputError
 from refimpl.inputs import load_input, sample
 from refimpl.methods.kvsharer import KVSharer
 from refimpl.methods.steps import Layer
-from refimpl.parameters import KVSharerParameters
-from refimpl.parameters.kvsharer import Strategy, roots
+from refimpl.parameters.kvsharer import KVSharerParameters, Strategy, roots
 from refimpl.preparation import kvsharer as preparation
 from refimpl.recorder import tally
 

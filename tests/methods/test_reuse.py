@@ -19,7 +19,7 @@ from refimpl.errors import ConfigError
 from refimpl.methods.dense import Dense
 from refimpl.methods.reuse import Reuse
 from refimpl.methods.steps import Layer
-from refimpl.parameters import ReuseParameters
+from refimpl.parameters.reuse import ReuseParameters
 
 ENGINE = NumpyEngine()
 
