@@ -12,7 +12,8 @@ from costmodel.methods.steps import Setting
 from costmodel.ops import Cost, Op
 from refimpl.components import COMPONENTS
 from refimpl.config import ModelConfig
-from refimpl.methods import CATALOG, method, parameters
+from refimpl.methods import CATALOG, Method, method, parameters
+from refimpl.parameters import PARAMETERS
 from refimpl.weights import resolve_config
 
 FIGURES = ("matmul_flops", "vector_flops", "bytes_read", "bytes_written")
@@ -74,14 +75,14 @@ class Explanation:
     layers: list[Layer]
 
     @property
-    def row(self) -> Any:
+    def row(self) -> Method:
         """The method's row of the catalogue."""
         return CATALOG[self.name]
 
     @property
     def parameters(self) -> list[tuple[str, Any, str]]:
         """Name, default and meaning of each parameter."""
-        return [(f.name, f.default, f.metadata["about"]) for f in fields(self.row.parameters)]
+        return [(f.name, f.default, f.metadata["about"]) for f in fields(PARAMETERS[self.name])]
 
     @property
     def symbols(self) -> dict[str, str]:
