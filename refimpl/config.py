@@ -430,6 +430,25 @@ def _bert(name: str, given: dict[str, Any]) -> ModelConfig:
     )
 
 
+def _dinov2(name: str, given: dict[str, Any]) -> ModelConfig:
+    d_model, patch = given["hidden_size"], given.get("patch_size", 14)
+    return ModelConfig(
+        name=name,
+        recipe="pre-norm",
+        layers=given["num_hidden_layers"],
+        d_model=d_model,
+        heads=given["num_attention_heads"],
+        d_ff=int(d_model * given.get("mlp_ratio", 4)),
+        activation=_activation(given.get("hidden_act", "gelu")),
+        eps=given.get("layer_norm_eps", 1e-6),
+        stem="patches",
+        features=given.get("num_channels", 3) * patch**2,
+        position="learned",
+        max_positions=1 + (given.get("image_size", 518) // patch) ** 2,
+        source="config.json",
+    )
+
+
 def _whisper(name: str, given: dict[str, Any]) -> ModelConfig:
     return ModelConfig(
         name=name,
@@ -501,7 +520,7 @@ def _llama(name: str, given: dict[str, Any]) -> ModelConfig:
     )
 
 
-_FAMILIES = {"bert": _bert, "whisper": _whisper, "gpt2": _gpt2, "llama": _llama}
+_FAMILIES = {"bert": _bert, "whisper": _whisper, "gpt2": _gpt2, "llama": _llama, "dinov2": _dinov2}
 
 OVERRIDES = ("layers", "d_model", "heads", "kv_heads", "d_ff", "vocab")
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from refimpl.config import DTYPES, ModelConfig
 from refimpl.errors import InputError, MissingDependencyError, unknown
+from refimpl.images import SIDE, grid_side, read_patches
 
 if TYPE_CHECKING:
     from refimpl.weights import Model
@@ -33,8 +34,10 @@ SAMPLES = {  # name -> file in refimpl/data
     "paragraph": "paragraph.txt",
     "moby-dick": "moby-dick.txt",
     "union": "union.txt",
+    "photo": "photo.jpg",
 }
-SUFFIXES = {".wav": "frames", ".txt": "tokens"}  # what a file holds; .npy holds what the model takes
+# What a file holds; .npy holds what the model takes.
+SUFFIXES = {".wav": "frames", ".txt": "tokens", ".png": "patches", ".jpg": "patches", ".jpeg": "patches"}
 _POSITION_TABLES = ("learned", "sinusoidal")
 
 
@@ -60,7 +63,7 @@ class Inputs:
 
 
 def sample(name: str) -> Path:
-    """The path of an input that comes with effref: "speech", a recording; "paragraph", "moby-dick" or "union", English.
+    """The path of an input that comes with effref: "speech", English in "paragraph", "moby-dick", "union", or "photo".
 
     Their sizes and sources are in ``refimpl/data/README.md``.
     """
@@ -75,11 +78,13 @@ def load_input(model: Model, path: str | Path, seq: int | None = None) -> Inputs
     Parameters
     ----------
     model : Model
-        Decides what can be read: ``.txt`` for tokens, ``.wav`` for frames, ``.npy`` for any.
+        Decides what can be read: ``.txt`` for tokens, ``.wav`` for frames, ``.png`` and ``.jpg`` for patches, ``.npy``
+        for any.
     path : str or Path
     seq : int, optional
-        T. Text is repeated or cut to it, recordings are padded with silence or cut, arrays are cut. Default: the
-        text's own length, the window that the model was trained with, else the recording's own length.
+        T. Text is repeated or cut to it, recordings are padded with silence or cut, photos are scaled to 1 + n^2
+        positions, arrays are cut. Default: the text's own length, the window that the model was trained with, else the
+        recording's own length; photos take 224 pixels.
 
     Returns
     -------
@@ -93,7 +98,8 @@ def load_input(model: Model, path: str | Path, seq: int | None = None) -> Inputs
     path = Path(path)
     suffix = check_file(model.config, path)
     _check_seq(model, seq)
-    return {".wav": _recording, ".txt": _text, ".npy": _array}[suffix](model, path, seq)
+    readers = {"tokens": _text, "frames": _recording, "patches": _photo}
+    return (_array if suffix == ".npy" else readers[SUFFIXES[suffix]])(model, path, seq)
 
 
 def check_file(config: ModelConfig, path: Path) -> str:
@@ -102,7 +108,7 @@ def check_file(config: ModelConfig, path: Path) -> str:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     if suffix not in (*SUFFIXES, ".npy"):
-        raise InputError(f"{path}: cannot tell what it holds; allowed are .txt, .wav and .npy")
+        raise InputError(f"{path}: cannot tell what it holds; allowed are .txt, .wav, .png, .jpg and .npy")
     if SUFFIXES.get(suffix, config.reads) != config.reads:
         raise InputError(f"{path} holds {SUFFIXES[suffix]}, but {config.name} reads {config.reads}")
     return suffix
@@ -371,6 +377,21 @@ def _resample(samples: np.ndarray, rate: int) -> np.ndarray:
     shared = math.gcd(rate, SAMPLE_RATE)
     resampled: np.ndarray = resample_poly(samples, SAMPLE_RATE // shared, rate // shared)
     return resampled
+
+
+# --- photos ---------------------------------------------------------------------------------------------------------
+
+
+def _photo(model: Model, path: Path, seq: int | None) -> Inputs:
+    patch = math.isqrt(model.config.features // 3)  # pixels along a side, of three channels
+    if 3 * patch**2 != model.config.features:
+        raise InputError(f"{model.config.name} reads {model.config.features} numbers a patch; a photo gives 3 p^2")
+    count = SIDE // patch if seq is None else grid_side(seq)
+    if count is None:
+        raise InputError(f"{path}: {seq} positions are no square of patches and a class token: give seq = 1 + n^2")
+    _check_seq(model, 1 + count**2)
+    array = read_patches(path, count * patch, patch)
+    return Inputs(array, "patches", (f"{path.name} at {count * patch} pixels",), 1 + count**2)
 
 
 # --- arrays ---------------------------------------------------------------------------------------------------------

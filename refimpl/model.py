@@ -28,6 +28,7 @@ from refimpl.config import ModelConfig
 from refimpl.engines import engine as get_engine
 from refimpl.engines.protocol import Array, Engine
 from refimpl.errors import ConfigError, InputError, ShapeError
+from refimpl.images import resized_positions
 from refimpl.methods import parameters
 from refimpl.methods.dense import Dense
 from refimpl.methods.programs import PROGRAMS
@@ -142,6 +143,7 @@ class Runner:
         self._dtype = _float_dtype(model.weights)
         self._tables: tuple[Array, ...] = ()
         self._table_length = 0
+        self._resized: Array | None = None
         self._prepared: dict[tuple[str, Any], Prepared] = {}
 
     def prepare(
@@ -319,8 +321,17 @@ class Runner:
             ids = self.engine.asarray(np.zeros((x.shape[0], 1), np.int64))
             h = ops.concat((ops.embedding(stem.class_token, ids), patches), axis=1)  # (B, T, d)
         if self.config.position in ("learned", "sinusoidal"):
-            h = ops.add(h, stem.positions[first : first + h.shape[1], :])
+            h = ops.add(h, self._positions_for(first, h.shape[1]))
         return _norm(at, h, stem.norm, self.config) if self.config.embedding_norm else h
+
+    def _positions_for(self, first: int, length: int) -> Array:
+        """The rows (T, d) of the position table; that of an image model is resized to the grid of the image."""
+        table = self.weights.stem.positions
+        if self.config.stem != "patches" or length == table.shape[0]:
+            return table[first : first + length, :]
+        if self._resized is None or self._resized.shape[0] != length:
+            self._resized = self.engine.asarray(resized_positions(self.model.weights.stem.positions, length))
+        return self._resized
 
     def _tables_for(self, first: int, length: int, most: int) -> tuple[Array, ...]:
         """The tables that layers read for positions `first` to first + length - 1, made once for `most` positions."""

@@ -431,7 +431,7 @@ def test_load_input_refuses_unknown_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         inputs.load_input(load_model(FRAMES), tmp_path / "absent.wav")
     (tmp_path / "song.mp3").touch()
-    with pytest.raises(InputError, match=r"allowed are \.txt, \.wav and \.npy"):
+    with pytest.raises(InputError, match=r"allowed are \.txt, \.wav, \.png, \.jpg and \.npy"):
         inputs.load_input(load_model(FRAMES), tmp_path / "song.mp3")
 
 

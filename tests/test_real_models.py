@@ -36,6 +36,11 @@ def whisper() -> Model:
     return _pretrained("whisper-tiny-en")
 
 
+@pytest.fixture(scope="module")
+def vit() -> Model:
+    return _pretrained("dinov2-s")
+
+
 def _relative(found: Any, expected: Any) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
@@ -212,3 +217,21 @@ def test_smollm2_perplexity_of_2048_tokens_equals_transformers(smollm2: Model, n
     with np.load(DATA / "smollm2_reference.npz") as reference:
         np.testing.assert_allclose(likelihoods, reference[f"{name.replace('-', '_')}_nll"], atol=5e-4)
     assert np.exp(likelihoods.mean()) == pytest.approx(TEXTS[name], rel=5e-5)
+
+
+# --- photos ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("engine", "method"), [("numpy", "dense"), ("numba", "dense"), ("numba", "flash")])
+def test_vit_equals_onnxruntime(vit: Model, engine: str, method: str) -> None:
+    """Hidden states of the shipped photo within 1e-5 relative."""
+    found = forward(vit, load_input(vit, sample("photo")).array, method, engine=engine).output[0]
+    with np.load(DATA / "vit_reference.npz") as reference:
+        assert _relative(found[::16], reference["hidden"]) < 1e-5
+
+
+def test_vit_maps_equal_onnxruntime(vit: Model) -> None:
+    maps = attention_maps(vit, load_input(vit, sample("photo")).array)
+    with np.load(DATA / "vit_reference.npz") as reference:
+        np.testing.assert_allclose(maps[0][0, :, 0, :], reference["map_first"], atol=2e-6)
+        np.testing.assert_allclose(maps[11][0, :, 0, :], reference["map_last"], atol=2e-5)

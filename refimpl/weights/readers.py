@@ -1,4 +1,5 @@
-"""Checkpoint folders to canonical tensors: safetensors with Hugging Face names, GGUF, and CTranslate2's Whisper.
+"""Checkpoint folders to canonical tensors: safetensors with Hugging Face names, GGUF, CTranslate2's Whisper, and a
+vision Transformer as ONNX.
 
 A family of checkpoints is one declarative table, canonical name -> stored name. Three stored matrices become one where
 query, key and value are kept apart. Of encoder-decoder models the encoder is read; their decoders are left out.
@@ -11,7 +12,7 @@ import math
 import re
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ from refimpl.weights.layout import Shape, shapes
 INDEX = "model.safetensors.index.json"  # of a checkpoint in several files
 SINGLE = "model.safetensors"
 CTRANSLATE2 = "model.bin"
+ONNX = "model.onnx"
 
 # --- families -------------------------------------------------------------------------------------------------------
 
@@ -55,6 +57,9 @@ class Family:
         Fields of ``config.json`` with the only value that effref implements.
     head : str
         Stored name (prefix included) of the language head; read only where it is tied to the embedding.
+    scales : dict
+        Linear map of a layer -> stored vector (layer prefix removed) that multiplies its output, as LayerScale does
+        (arXiv 2103.17239, eq. 4); it is multiplied into the rows of the map.
     """
 
     model: dict[str, Stored]
@@ -66,6 +71,7 @@ class Family:
     zero_bias: str = "$^"
     fields: dict[str, Any] = field(default_factory=dict)
     head: str = "lm_head.weight"
+    scales: dict[str, str] = field(default_factory=dict)
 
 
 BERT = Family(
@@ -142,6 +148,38 @@ GPT2 = Family(
     fields={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
 )
 
+DINOV2 = Family(
+    model={
+        "stem.patches": "embeddings.patch_embeddings.projection",
+        "stem.class_token": "embeddings.cls_token",
+        "stem.positions": "embeddings.position_embeddings",
+        "final_norm": "layernorm",
+    },
+    layer_prefix="encoder.layer.{}.",
+    layer={
+        "attention.qkv": ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
+        "attention.output": "attention.output.dense",
+        "attention_norm": "norm1",
+        "feed_forward.up": "mlp.fc1",
+        "feed_forward.down": "mlp.fc2",
+        "feed_forward_norm": "norm2",
+    },
+    prefixes=("dinov2.",),
+    ignored=r"embeddings\.mask_token|classifier\..*",
+    fields={"use_swiglu_ffn": False, "qkv_bias": True},
+    scales={"attention.output": "layer_scale1.lambda1", "feed_forward.down": "layer_scale2.lambda1"},
+)
+
+# The same as an ONNX file: matrices are (in, out) and called after the nodes that use them; the table of positions
+# was folded into two constants, that of the class token and that of the patches.
+DINOV2_ONNX = replace(
+    DINOV2,
+    model={**DINOV2.model, "stem.positions": ("onnx::Concat_1957", "onnx::Reshape_1962")},
+    prefixes=("backbone.",),
+    ignored=r"embeddings\.mask_token|decoder\..*|onnx::.*",
+    transposed=r"encoder\..*\.weight",
+)
+
 WHISPER_CTRANSLATE2 = Family(
     model={
         "stem.convolutions.0": "conv1",
@@ -201,6 +239,7 @@ FAMILIES: dict[str, Family] = {
     "whisper": WHISPER,
     "llama": LLAMA,
     "gpt2": GPT2,
+    "dinov2": DINOV2,
 }  # by model_type
 GGUF_FAMILIES: dict[str, Family] = {"llama": LLAMA_GGUF, "gpt2": GPT2_GGUF}  # by general.architecture
 
@@ -249,8 +288,8 @@ def read_checkpoint(folder: Path, config: ModelConfig) -> Checkpoint:
     Parameters
     ----------
     folder : Path
-        Holds ``model.safetensors`` (or its index and parts) with ``config.json``, CTranslate2's ``model.bin``, or one
-        ``.gguf`` file.
+        Holds ``model.safetensors`` (or its index and parts) with ``config.json``, CTranslate2's ``model.bin``, one
+        ``.gguf`` file, or a vision Transformer's ``model.onnx``.
     config : ModelConfig
         The shape that the tensors must have.
 
@@ -263,7 +302,7 @@ def read_checkpoint(folder: Path, config: ModelConfig) -> Checkpoint:
     WeightsError
         If there are no weights, or they are truncated, of another shape or of another model.
     MissingDependencyError
-        If safetensors or gguf is needed and not installed.
+        If safetensors, gguf or onnx is needed and not installed.
 
     Notes
     -----
@@ -275,6 +314,8 @@ def read_checkpoint(folder: Path, config: ModelConfig) -> Checkpoint:
         file = CTranslate2File(folder / CTRANSLATE2)
         _ctranslate2_config(file, folder.name)  # refuses other models
         return Checkpoint(_canonical(WHISPER_CTRANSLATE2, config, file))
+    if (folder / ONNX).is_file():
+        return Checkpoint(_canonical(DINOV2_ONNX, config, ONNXFile(folder / ONNX)))
     if path := gguf_file(folder):
         gguf = gguf_reader.GGUFFile(path)
         own = gguf_reader.config_of(gguf, folder.name)  # refuses other models
@@ -321,7 +362,7 @@ def _canonical(family: Family, config: ModelConfig, store: Store) -> dict[str, n
     """Every weight of the model, joined and turned; refuses stored tensors that the model has no place for."""
     stored = {_plain(family, name): name for name in store.names()}
     sources = {name: _sources(family, name) for name in shapes(config)}
-    used = {source for names in sources.values() for source in names}
+    used = {source for names in sources.values() for source in names} | set(_scales(family, config).values())
     for name in stored:
         if name not in used and not re.fullmatch(family.ignored, name):
             raise WeightsError(f"{store.where} holds '{stored[name]}', for which this kind of model has no place")
@@ -329,7 +370,20 @@ def _canonical(family: Family, config: ModelConfig, store: Store) -> dict[str, n
     for name, shape in shapes(config).items():
         parts = [_part(family, config, store, stored, source) for source in sources[name]]
         tensors[name] = _fitting(store.where, sources[name], parts, shape)
+    for name, source in _scales(family, config).items():
+        scale = _part(family, config, store, stored, source)  # (d,)
+        for leaf, factor in (("weight", scale[:, None]), ("bias", scale)):
+            tensors[f"{name}.{leaf}"] = tensors[f"{name}.{leaf}"] * factor
     return tensors
+
+
+def _scales(family: Family, config: ModelConfig) -> dict[str, str]:
+    """Canonical linear map -> the stored vector that multiplies its output."""
+    return {
+        f"layers.{index}.{module}": family.layer_prefix.format(index) + stored
+        for index in range(config.layers)
+        for module, stored in family.scales.items()
+    }
 
 
 def _plain(family: Family, name: str) -> str:
@@ -362,7 +416,11 @@ def _part(family: Family, config: ModelConfig, store: Store, stored: Mapping[str
         if re.fullmatch(family.zero_bias, source):
             return np.zeros(config.d_kv, np.float32)
         raise WeightsError(f"{store.where} lacks '{source}'")
-    values = store.read(stored[source])
+    values: np.ndarray = store.read(stored[source])
+    if values.ndim == 4:
+        return values.reshape(len(values), -1)  # a patch: (d, channels, rows, columns) -> (d, features)
+    if values.ndim == 3 and len(values) == 1:
+        return np.asarray(values[0])  # a table with a batch axis
     if re.fullmatch(family.transposed, source):
         return values.T  # (in, out) -> (out, in)
     return values.transpose(0, 2, 1) if values.ndim == 3 else values  # (out, in, kernel) -> (out, kernel, in)
@@ -404,6 +462,41 @@ def _refuse_other_fields(folder: Path, family: Family, given: Mapping[str, Any])
             raise WeightsError(f"{folder}/config.json: {name} is {given[name]!r}; effref implements {only!r} only")
 
 
+# --- ONNX -----------------------------------------------------------------------------------------------------------
+
+
+class ONNXFile:
+    """The constants of an ONNX graph; one without a name of its own is called after the product that reads it."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import onnx
+        except ImportError as error:
+            raise MissingDependencyError("reading ONNX needs onnx: pip install 'effref[models]'") from error
+        from google.protobuf.message import DecodeError
+
+        self.where = path
+        try:
+            graph = onnx.load(path, load_external_data=False).graph
+        except (DecodeError, OSError) as error:
+            raise WeightsError(f"{path} cannot be read as ONNX ({error}): download it again") from error
+        of_products = {
+            node.input[1]: node.name.strip("/").removesuffix("/MatMul").replace("/", ".") + ".weight"
+            for node in graph.node
+            if node.op_type == "MatMul"
+        }
+        self._tensors = {of_products.get(one.name, one.name): one for one in graph.initializer}
+        self._array = onnx.numpy_helper.to_array
+
+    def names(self) -> Iterable[str]:
+        """Names of the constants."""
+        return self._tensors.keys()
+
+    def read(self, name: str) -> np.ndarray:
+        """One constant as float32."""
+        return np.asarray(self._array(self._tensors[name]), np.float32)
+
+
 # --- safetensors ----------------------------------------------------------------------------------------------------
 
 
@@ -438,7 +531,9 @@ def _parts(folder: Path) -> list[Path]:
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise WeightsError(f"{folder / INDEX} is damaged ({error})") from error
     if not (folder / SINGLE).is_file():
-        raise WeightsError(f"{folder} holds no {SINGLE}, {CTRANSLATE2} or .gguf file; pickled weights are not read")
+        raise WeightsError(
+            f"{folder} holds no {SINGLE}, {CTRANSLATE2}, {ONNX} or .gguf file; pickled weights are not read"
+        )
     return [folder / SINGLE]
 
 

@@ -101,7 +101,7 @@ def test_available_models_are_presets_and_fully_pinned() -> None:
         assert entry.alias not in presets()
         assert all(re.fullmatch("[0-9a-f]{64}", item.sha256) for item in (entry, *entry.files.values()))
         assert all(item.bytes > 0 for item in (entry, *entry.files.values()))
-        assert "tokenizer.json" in entry.files or any(file.endswith(".gguf") for file in entry.files)
+        assert "tokenizer.json" in entry.files or any(file.endswith((".gguf", ".onnx")) for file in entry.files)
         assert entry.licence
         assert entry.upstream
 
@@ -110,6 +110,7 @@ def test_aliases_resolve_to_presets() -> None:
     assert resolve_config("minilm") == presets()["minilm-l6"]
     assert resolve_config("whisper") == presets()["whisper-tiny-en"]
     assert resolve_config("smollm2") == presets()["smollm2-135m"]
+    assert resolve_config("vit") == presets()["dinov2-s"]
 
 
 # --- fetching ---------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from refimpl.config import preset
+from refimpl.config import override, preset
 from refimpl.errors import ConfigError, EffrefError, WeightsError
 from refimpl.weights import load_model, pretrained, readers, resolve_config
 from refimpl.weights.layout import shapes
@@ -109,7 +109,26 @@ def whisper() -> tuple[dict[str, Any], Tensors]:
     return config, tensors
 
 
-FAMILIES = {"bert": bert, "llama": llama, "gpt2": gpt2, "whisper": whisper}
+def dinov2() -> tuple[dict[str, Any], Tensors]:
+    config = {"model_type": "dinov2", "num_hidden_layers": 2, "hidden_size": D, "num_attention_heads": 2}
+    config |= {"mlp_ratio": F // D, "patch_size": 2, "image_size": 6}
+    tensors = {
+        "embeddings.cls_token": values(1, 1, D), "embeddings.mask_token": values(1, D),
+        "embeddings.position_embeddings": values(1, 10, D),
+        "embeddings.patch_embeddings.projection.weight": values(D, 3, 2, 2),
+        "embeddings.patch_embeddings.projection.bias": values(D), **norm("layernorm"),
+    }  # fmt: skip
+    for i in range(2):
+        at = f"encoder.layer.{i}."
+        tensors |= norm(f"{at}norm1") | norm(f"{at}norm2") | linear(f"{at}attention.output.dense", D, D)
+        for part in ("query", "key", "value"):
+            tensors |= linear(f"{at}attention.attention.{part}", D, D)
+        tensors |= linear(f"{at}mlp.fc1", F, D) | linear(f"{at}mlp.fc2", D, F)
+        tensors |= {f"{at}layer_scale{n}.lambda1": values(D) for n in (1, 2)}
+    return config, tensors
+
+
+FAMILIES = {"dinov2": dinov2, "bert": bert, "llama": llama, "gpt2": gpt2, "whisper": whisper}
 Made = tuple[Path, Tensors]
 
 
@@ -145,6 +164,13 @@ def test_read_checkpoint_gives_every_weight(family: str, checkpoint: Callable[..
 
 # family: canonical name -> stored name, of what is taken as it is
 UNCHANGED = {
+    "dinov2": {
+        "stem.patches.bias": "embeddings.patch_embeddings.projection.bias",
+        "layers.1.attention_norm.weight": "encoder.layer.1.norm1.weight",
+        "layers.1.feed_forward_norm.bias": "encoder.layer.1.norm2.bias",
+        "layers.1.feed_forward.up.weight": "encoder.layer.1.mlp.fc1.weight",
+        "final_norm.bias": "layernorm.bias",
+    },
     "bert": {
         "stem.token_types": "embeddings.token_type_embeddings.weight",
         "stem.norm.bias": "embeddings.LayerNorm.bias",
@@ -250,6 +276,32 @@ def test_llama_with_a_head_of_its_own_gives_hidden_states(checkpoint: Callable[.
 def test_llama_with_other_rotary_positions_is_refused(fields: dict[str, Any], checkpoint: Callable[..., Made]) -> None:
     folder, _ = checkpoint("llama", lambda config, _: config.update(fields))
     with pytest.raises(EffrefError, match=r"config\.json.*rope|rotary"):
+        load_model(folder)
+
+
+def test_dinov2_tables_lose_their_batch_axis_and_patches_lie_in_rows(checkpoint: Callable[..., Made]) -> None:
+    folder, stored = checkpoint("dinov2")
+    stem = load_model(folder).weights.stem
+    assert np.array_equal(stem.positions, stored["embeddings.position_embeddings"][0])
+    assert np.array_equal(stem.class_token, stored["embeddings.cls_token"][0])
+    green = stored["embeddings.patch_embeddings.projection.weight"][3, 1]
+    assert np.array_equal(stem.patches.weight[3, 4:8], green.ravel())
+
+
+def test_layer_scale_is_multiplied_into_the_output_maps(checkpoint: Callable[..., Made]) -> None:
+    folder, stored = checkpoint("dinov2")
+    layer, at = load_model(folder).weights.layers[1], "encoder.layer.1."
+    for found, source, scale in (
+        (layer.attention.output, f"{at}attention.output.dense", stored[f"{at}layer_scale1.lambda1"]),
+        (layer.feed_forward.down, f"{at}mlp.fc2", stored[f"{at}layer_scale2.lambda1"]),
+    ):
+        assert np.array_equal(found.weight, np.diag(scale) @ stored[f"{source}.weight"])
+        assert np.array_equal(found.bias, scale * stored[f"{source}.bias"])
+
+
+def test_a_dinov2_with_another_feed_forward_is_refused(checkpoint: Callable[..., Made]) -> None:
+    folder, _ = checkpoint("dinov2", lambda config, _: config.update(use_swiglu_ffn=True))
+    with pytest.raises(WeightsError, match="use_swiglu_ffn is True"):
         load_model(folder)
 
 
@@ -502,6 +554,52 @@ def test_ctranslate2_without_an_encoder_is_refused(tmp_path: Path) -> None:
     tensors = {"decoder/embeddings/weight": values(11, D)}
     with pytest.raises(WeightsError, match="lacks 'encoder/position_encodings/encodings'"):
         load_model(ctranslate2_folder(tmp_path, ctranslate2_bytes(tensors)))
+
+
+# --- ONNX ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def onnx_folder(tmp_path: Path) -> tuple[Path, Tensors]:
+    """The tensors of `dinov2` as an exporter leaves them: matrices turned and nameless, the position table in two."""
+    onnx = pytest.importorskip("onnx")
+    _, tensors = dinov2()
+    constants, nodes = {}, []
+    for name, array in tensors.items():
+        if name.startswith("encoder.") and array.ndim == 2:
+            constants[f"onnx::MatMul_{len(nodes)}"] = array.T
+            node = "/backbone/" + name.removesuffix(".weight").replace(".", "/").replace("layer/", "layer.") + "/MatMul"
+            nodes.append(onnx.helper.make_node("MatMul", ["x", f"onnx::MatMul_{len(nodes)}"], ["x"], name=node))
+        elif name == "embeddings.position_embeddings":
+            constants |= {"onnx::Concat_1957": array[:, :1], "onnx::Reshape_1962": array[:, 1:]}
+        else:
+            constants[f"backbone.{name}"] = array
+    constants["decoder.final.weight"] = values(1, D)
+    made = [onnx.numpy_helper.from_array(np.ascontiguousarray(array), name) for name, array in constants.items()]
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes[::-1], "vit", [], [], made))
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    return tmp_path, tensors
+
+
+def test_onnx_gives_what_safetensors_give(onnx_folder: tuple[Path, Tensors], checkpoint: Callable[..., Made]) -> None:
+    folder, tensors = onnx_folder
+    other, _ = checkpoint("dinov2", lambda _, stored: stored.update(tensors))
+    config = resolve_config(other)
+    found, wanted = (readers.read_checkpoint(place, config).tensors for place in (folder, other))
+    assert list(found) == list(wanted) == list(shapes(config))
+    assert [name for name in wanted if not np.array_equal(found[name], wanted[name])] == []
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_onnx_truncated_anywhere_is_refused(onnx_folder: tuple[Path, Tensors], data: st.DataObject) -> None:
+    folder, _ = onnx_folder
+    whole = (folder / "model.onnx").read_bytes()
+    cut = folder / "cut"
+    cut.mkdir(exist_ok=True)
+    (cut / "model.onnx").write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
+    with pytest.raises(WeightsError):
+        readers.read_checkpoint(cut, override(preset("dinov2-s"), layers=2, d_model=D, heads=2, d_ff=F))
 
 
 # --- fetched models ---------------------------------------------------------------------------------------------
