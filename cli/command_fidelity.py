@@ -23,7 +23,9 @@ FILE = click.Path(path_type=Path)
 @options.model_option
 @options.override_options
 @options.dtype_option
-@click.option("--input", "input_file", type=FILE, metavar="FILE", help="A .txt, .wav or .npy.  [one of effref's own]")
+@click.option(
+    "--input", "input_file", type=FILE, metavar="FILE", help="A .txt, .wav, .png, .jpg or .npy.  [one of effref's own]"
+)
 @click.option("--calibration", "calibration_file", type=FILE, metavar="FILE", help="What methods look at beforehand.")
 @click.option("--seq", type=options.POSITIVE, metavar="T", help="Length.  [512 tokens of a text, else the input's own]")
 @click.option("--windows", type=options.POSITIVE, metavar="K", help="Parts of a text, for language models.  [2]")

@@ -13,7 +13,9 @@ from .progress import Progress
 
 @click.command("maps")
 @click.option("--model", metavar="NAME|FOLDER|FILE", default="conformer-m", show_default=True, help="Whose maps.")
-@click.option("--input", "input_file", type=click.Path(path_type=Path), metavar="FILE", help="A .txt, .wav or .npy.")
+@click.option(
+    "--input", "input_file", type=click.Path(path_type=Path), metavar="FILE", help="A .txt, .wav, .png, .jpg or .npy."
+)
 @click.option(
     "--seq", type=options.POSITIVE, metavar="T", help="Length.  [the input's own; 256 for seeded random input]"
 )

@@ -24,7 +24,7 @@ GATE_FAILED, INTERRUPTED = 1, 130
     "input_file",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Run on .txt, .wav or .npy.  [seeded random]",
+    help="Run on .txt, .wav, .png, .jpg or .npy.  [seeded random]",
 )
 @options.engine_options
 @options.hardware_option

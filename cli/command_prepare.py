@@ -19,7 +19,9 @@ FILE = click.Path(path_type=Path)
 @options.set_option
 @options.model_option
 @options.override_options
-@click.option("--input", "input_file", required=True, type=FILE, metavar="FILE", help="A .txt, .wav or .npy.")
+@click.option(
+    "--input", "input_file", required=True, type=FILE, metavar="FILE", help="A .txt, .wav, .png, .jpg or .npy."
+)
 @click.option("--seq", type=options.POSITIVE, metavar="T", help="Positions of the input that are used.  [all]")
 @options.dtype_option
 @click.option("--seed", type=click.IntRange(0), metavar="N", default=0, show_default=True, help="Of random weights.")

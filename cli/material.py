@@ -9,6 +9,7 @@ import numpy as np
 
 from refimpl.config import ModelConfig
 from refimpl.errors import ConfigError, InputError
+from refimpl.images import patch_side
 from refimpl.inputs import MELS, Inputs, check_file, load_input, random_inputs, read_text, sample
 from refimpl.language import START, windows
 from refimpl.model import sequence_length
@@ -183,10 +184,12 @@ def _other(model: Model, wanted: Wanted) -> Material:
 
 
 def _sample_for(model: Model) -> Path | None:
-    """The text where weights and tokenizer are real, the recording where the features are those of recordings."""
+    """The text where weights and tokenizer are real; the recording or the photo where the features are those of one."""
     config = model.config
     if config.reads == "tokens" and model.pretrained:
         return sample("moby-dick")
+    if config.reads == "patches" and patch_side(config.features):
+        return sample("photo")
     return sample("speech") if config.reads == "frames" and config.features == MELS else None
 
 

@@ -42,7 +42,7 @@ class Target:
             if plot.suffix not in PLOTS:
                 raise ConfigError(f"--plot {plot}: give a file that ends in {' or '.join(PLOTS)}")
             files.check_target(plot)
-            from .plot import require_matplotlib
+            from .figures import require_matplotlib
 
             require_matplotlib()
         suffix = render.SUFFIXES.get(path.suffix.lower(), "table") if path else "table"

@@ -7,59 +7,28 @@ from pathlib import Path
 from typing import Any
 
 from refimpl.components import COMPONENTS
-from refimpl.errors import MissingDependencyError
 
-from .files import whole
+from .figures import COLOURS, MARKERS, figure
 from .render import SECONDS, by_method, unit_for
 from .results import length_of, place_of
 
 PANELS = 4  # lengths whose breakdown is drawn: the largest ones
-# Okabe and Ito's colours, told apart by colour-blind readers; components beyond them are hatched.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#999999")
-HATCHES = ("", "///", "...")
-MARKERS = "osD^vP*X"
-
-
-def require_matplotlib() -> None:
-    """Raise MissingDependencyError where plots cannot be drawn."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError("plots need Matplotlib: pip install 'effref[plot]'") from error
+HATCHES = ("", "///", "...")  # of components beyond the colours
 
 
 def draw(document: Mapping[str, Any], path: Path) -> None:
-    """Write the plot as SVG or PNG, whole or not at all.
-
-    Raises
-    ------
-    MissingDependencyError
-        If Matplotlib is not installed.
-    OutputError
-        If the file cannot be written.
-    """
-    require_matplotlib()
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    """Write the plot; see `figure`."""
     results = document["results"]
     lengths = sorted({length_of(result) for result in results})[-PANELS:]
     columns = len(lengths) + 2
-    with mpl.rc_context({"font.size": 9, "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(2.0 * columns + 2.5, 4.8), layout="constrained")
-        FigureCanvasAgg(figure)
-        grid = figure.add_gridspec(1, columns)
+    with figure(path, (2.0 * columns + 2.5, 4.8), title(document), describe(document)) as drawn:
+        grid = drawn.add_gridspec(1, columns)
         colours = _colours(results)
         for place, length in enumerate(lengths):
             at_length = [result for result in results if length_of(result) == length]
-            _breakdown(figure.add_subplot(grid[0, place]), at_length, colours, first=place == 0)
-        _totals(figure.add_subplot(grid[0, len(lengths) :]), results)
-        figure.suptitle(title(document))
-        figure.legend(handles=_legend(colours), loc="outside lower center", ncols=6, frameon=False)
-        metadata = {"Title": title(document), "Description": describe(document)}
-        with whole(path) as scratch:
-            figure.savefig(scratch, metadata=metadata, dpi=160)
+            _breakdown(drawn.add_subplot(grid[0, place]), at_length, colours, first=place == 0)
+        _totals(drawn.add_subplot(grid[0, len(lengths) :]), results)
+        drawn.legend(handles=_legend(colours), loc="outside lower center", ncols=6, frameon=False)
 
 
 def describe(document: Mapping[str, Any]) -> str:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .curves import plain
-from .files import whole
-from .plot import COLOURS, MARKERS, require_matplotlib, title
+from .figures import COLOURS, MARKERS, figure
+from .plot import title
 from .render import CAPACITIES, SECONDS, Unit, quantity, unit_for
 from .render_fidelity import (
     baselines_of,
@@ -30,31 +30,12 @@ EXACT = "#555555"
 
 
 def draw(document: Mapping[str, Any], path: Path) -> None:
-    """Write the plot as SVG or PNG, whole or not at all.
-
-    Raises
-    ------
-    MissingDependencyError
-        If Matplotlib is not installed.
-    OutputError
-        If the file cannot be written.
-    """
-    require_matplotlib()
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context({"font.size": 9, "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(11, 7.5), layout="constrained")
-        FigureCanvasAgg(figure)
-        panels = Panels(document["results"], figure.subplots(2, 2))
+    """Write the plot; see `figure`."""
+    with figure(path, (11, 7.5), title(document), describe(document)) as drawn:
+        panels = Panels(document["results"], drawn.subplots(2, 2))
         panels.draw()
-        figure.suptitle(title(document))
         handles, labels = panels.grid[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False)
-        metadata = {"Title": title(document), "Description": describe(document)}
-        with whole(path) as scratch:
-            figure.savefig(scratch, metadata=metadata, dpi=160)
+        drawn.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False)
 
 
 def describe(document: Mapping[str, Any]) -> str:

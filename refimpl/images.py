@@ -68,6 +68,12 @@ def cut(pixels: np.ndarray, patch: int) -> np.ndarray:
     return np.ascontiguousarray(parts.transpose(0, 2, 4, 1, 3, 5)).reshape(batch, -1, channels * patch**2)
 
 
+def patch_side(features: int) -> int | None:
+    """Pixels along a side of a square patch of three channels that has so many numbers; None without one."""
+    side = math.isqrt(features // 3)
+    return side if 3 * side**2 == features else None
+
+
 def grid_side(positions: int) -> int | None:
     """Patches along a side of the square grid that, with a class token, has so many positions; None without one."""
     side = math.isqrt(max(positions - 1, 0))

@@ -19,7 +19,7 @@ import numpy as np
 
 from refimpl.config import DTYPES, ModelConfig
 from refimpl.errors import InputError, MissingDependencyError, unknown
-from refimpl.images import SIDE, grid_side, read_patches
+from refimpl.images import SIDE, grid_side, patch_side, read_patches
 
 if TYPE_CHECKING:
     from refimpl.weights import Model
@@ -383,8 +383,8 @@ def _resample(samples: np.ndarray, rate: int) -> np.ndarray:
 
 
 def _photo(model: Model, path: Path, seq: int | None) -> Inputs:
-    patch = math.isqrt(model.config.features // 3)  # pixels along a side, of three channels
-    if 3 * patch**2 != model.config.features:
+    patch = patch_side(model.config.features)
+    if patch is None:
         raise InputError(f"{model.config.name} reads {model.config.features} numbers a patch; a photo gives 3 p^2")
     count = SIDE // patch if seq is None else grid_side(seq)
     if count is None:
