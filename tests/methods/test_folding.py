@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from passes import prefilled_and_decoded
 from strategies import RECIPES, configs, decoders, divisors, inputs_for, workloads
 
 import costmodel
@@ -75,17 +76,9 @@ def test_off_knob_equals_dense_bit_for_bit(recipe: str, data: st.DataObject) -> 
 @given(config=decoders())
 def test_off_knob_equals_dense_bit_for_bit_with_a_cache(config: ModelConfig) -> None:
     """Invariant 1 for a prefill and the decoding after it."""
-    runner, ids = Runner(load_model(config), "numpy"), inputs_for(config, Workload(7, 2))
-
-    def outputs(method: str, params: dict[str, Any]) -> list[Any]:
-        cache = runner.new_cache(7, method, params, batch=2)
-        return [
-            runner(ids[:, :4], method, params, cache=cache).output,
-            runner.decode(ids[:, 4:], method, cache, params).output,
-        ]
-
-    for folded, exact in zip(outputs("folding", {"fold": 1}), outputs("dense", {}), strict=True):
-        np.testing.assert_array_equal(folded, exact)
+    exact = prefilled_and_decoded(config, "dense", {})
+    for found, wanted in zip(prefilled_and_decoded(config, "folding", {"fold": 1}), exact, strict=True):
+        np.testing.assert_array_equal(found, wanted)
 
 
 def test_off_knob_equals_dense_bit_for_bit_on_a_stream() -> None:
