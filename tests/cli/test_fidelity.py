@@ -560,7 +560,7 @@ def test_plot_of_a_model_without_a_head(effref, tmp_path: Path) -> None:
     result = effref(*words, *over, *ON_NUMPY, "--plot", str(place), "--format", "json")
     found = in_json(result)
     assert [one["value"] for one in found["results"][2:]] == [[[0, 1]], [[0], [1]]]
-    assert "random patches" in result.stderr
+    assert "input: photo.jpg" in result.stderr
     data = place.read_text()
     assert "rel. L2 against predicted time of a pass over T=197 and weights size" in data
     assert "[[0,1]]" in data
