@@ -135,7 +135,7 @@ def main() -> None:
     exact, mixed = engine.linear(hidden, head), mixed_logits(engine, hidden, turned, candidates)
     same = np.mean(exact.argmax(-1) == mixed.argmax(-1))
     ten = np.mean([len({*a} & {*b}) / 10 for a, b in zip(engine.top(exact, 10), engine.top(mixed, 10), strict=True)])
-    print(f"{len(hidden)} hidden vectors of this spectrum: same likeliest word {same:.2f}, of the likeliest ten {ten:.2f}")
+    print(f"{len(hidden)} such hidden vectors: same likeliest word {same:.2f}, of the likeliest ten {ten:.2f}")
 
 
 if __name__ == "__main__":
