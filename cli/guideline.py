@@ -7,7 +7,7 @@ those of the preview.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -195,12 +195,11 @@ def _choices(plan: Plan, hardware: Hardware, states: Array, head: Weights, progr
     counts = candidate_counts(config.vocab)
     windows = sorted({max(1, config.d_model * n // 16) for n in SIXTEENTHS})
     progress.stage(f"comparing {len(windows)} windows at {len(states)} positions")
-    for number, window in enumerate(windows, 1):
-        agreement, divergence = outcomes(states, head, window, counts, plan.top)
-        first = int(np.argmax(agreement >= plan.agreement - 1e-12))
+    agreement, divergence = outcomes(states, head, windows, counts, plan.top, progress.advance)
+    for window, reached, nats in zip(windows, agreement, divergence, strict=True):
+        first = int(np.argmax(reached >= plan.agreement - 1e-12))
         cost = _costs(plan, hardware, window, counts[first])
-        progress.advance(f"window {window}", number / len(windows))
-        yield Choice(window, counts[first], float(agreement[first]), float(divergence[first]), *cost)
+        yield Choice(window, counts[first], float(reached[first]), float(nats[first]), *cost)
 
 
 def candidate_counts(vocab: int) -> list[int]:
@@ -208,34 +207,41 @@ def candidate_counts(vocab: int) -> list[int]:
     return sorted({max(1, round(vocab / 2 ** (step / 2))) for step in range(HALVINGS + 1)})
 
 
-def outcomes(states: Array, head: Weights, window: int, counts: Sequence[int], top: int) -> tuple[Array, Array]:
-    """What a window gives for each number of candidates, as means over hidden states.
+def outcomes(
+    states: Array, head: Weights, windows: Sequence[int], counts: Sequence[int], top: int,
+    progress: Callable[[str, float], None] | None = None,
+) -> tuple[Array, Array]:  # fmt: skip
+    """What each window gives for each number of candidates, as means over hidden states.
 
     Parameters
     ----------
     states : array, shape (positions, D)
     head : Weights
         `rotation` (D, D) and the whole turned head as `preview` (V, D).
-    window : int
-    counts : sequence of int
-        Numbers of candidates, rising.
+    windows, counts : sequence of int
+        W, and rising N.
     top : int
         k.
+    progress : callable, optional
+        Called with a message and the fraction done.
 
     Returns
     -------
-    agreement, kl_nats : arrays, shape (len(counts),)
+    agreement, kl_nats : arrays, shape (len(windows), len(counts))
     """
-    agreement, divergence = np.zeros(len(counts)), np.zeros(len(counts))
+    agreement, divergence = np.zeros((2, len(windows), len(counts)))
     for first in range(0, len(states), ROWS):
         g = states[first : first + ROWS].astype(head.preview.dtype) @ head.rotation.T  # (rows, D)
         exact = g @ head.preview.T  # (rows, V)
-        preview = exact if window == head.preview.shape[1] else g[:, :window] @ head.preview[:, :window].T
-        for row, rough in zip(exact, preview, strict=True):
-            order = np.argsort(-rough, kind="stable")
-            one = _outcome(row[order].astype(np.float64), rough[order].astype(np.float64), counts, top)
-            agreement += one[0]
-            divergence += one[1]
+        for i, window in enumerate(windows):
+            preview = exact if window == g.shape[1] else g[:, :window] @ head.preview[:, :window].T
+            for row, rough in zip(exact, preview, strict=True):
+                order = np.argsort(-rough)
+                one = _outcome(row[order].astype(np.float64), rough[order].astype(np.float64), counts, top)
+                agreement[i] += one[0]
+                divergence[i] += one[1]
+            if progress:
+                progress(f"position {first + len(g)}, window {window}", first / len(states))
     return agreement / len(states), divergence / len(states)
 
 

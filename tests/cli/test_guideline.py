@@ -38,7 +38,7 @@ def test_outcomes_are_those_of_mixed_logits(words: int, width: int, seed: int, d
     head, states = _head(words, width, seed)
     window, top = data.draw(st.integers(1, width)), data.draw(st.integers(1, min(words, 7)))
     counts = candidate_counts(words)
-    agreement, divergence = outcomes(states, head, window, counts, top)
+    agreement, divergence = (found[0] for found in outcomes(states, head, [window], counts, top))
     exact = states @ head.rotation.T @ head.preview.T
     for i, n in enumerate(counts):
         parts = SimpleNamespace(
