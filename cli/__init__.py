@@ -15,16 +15,18 @@ if TYPE_CHECKING:
     from .calibration import calibrate
     from .comparison import fidelity
     from .estimation import estimate
+    from .guideline import guideline
     from .measurement import measure
     from .preparation import prepare
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "calibrate", "estimate", "fidelity", "measure", "prepare"]
+__all__ = ["__version__", "calibrate", "estimate", "fidelity", "guideline", "measure", "prepare"]
 
 _HOME = {
     "calibrate": ".calibration",
     "estimate": ".estimation",
     "fidelity": ".comparison",
+    "guideline": ".guideline",
     "measure": ".measurement",
     "prepare": ".preparation",
 }

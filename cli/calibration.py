@@ -38,6 +38,7 @@ Key = tuple[str, tuple[tuple[str, int], ...]]  # op and sizes
 # What each model is run under: the methods whose ops most others share, and in some cells one with ops of its own.
 METHODS: tuple[tuple[str, dict[str, Any]], ...] = (("dense", {}), ("flash", {}), ("reuse", {"groups": [[0, 1]]}))
 IN_HALVES = (*METHODS, ("efficientasr", {"group": 1, "ffn_chunks": 2}))
+WITH_HEAD = (*METHODS, ("svd-softmax", {"decomposition": "gram"}))
 IN_QUARTERS = (*METHODS, ("efficientasr", {"group": 1, "ffn_chunks": 4}))
 
 
@@ -92,11 +93,11 @@ CELLS = (
     Cell(_model("pre-norm", 192, 3, 768), 2300),
     Cell(_model("patches", 272, 4, 1088), 210),
     Cell(_model("decoder", 544, 8, 1408, kv_heads=2), 330),
-    Cell(_model("decoder", 192, 3, 576), 1400),
-    Cell(_model("decoder", 448, 7, 1216), 900),
+    Cell(_model("decoder", 192, 3, 576), 1400, methods=WITH_HEAD),
+    Cell(_model("decoder", 448, 7, 1216), 900, methods=WITH_HEAD),
     Cell(_model("decoder", 720, 6, 2016, kv_heads=3, activation="gelu_tanh", gated=False), 60),
     Cell(_model("decoder", 544, 8, 1408, kv_heads=2), kv_len=330, methods=IN_QUARTERS),
-    Cell(_model("decoder", 192, 3, 576), kv_len=1400),
+    Cell(_model("decoder", 192, 3, 576), kv_len=1400, methods=WITH_HEAD),
     Cell(
         _model("decoder", 720, 6, 2016, kv_heads=3, activation="gelu_tanh", gated=False),
         kv_len=90,
@@ -104,7 +105,9 @@ CELLS = (
         methods=IN_HALVES,
     ),
     # A model that no cache holds, so that its weights come from memory.
-    Cell(_model("decoder", 1216, 19, 3328, layers=8), kv_len=700, methods=(("dense", {}), ("flash", {}))),
+    Cell(
+        _model("decoder", 1216, 19, 3328, layers=8), kv_len=700, methods=(("dense", {}), ("flash", {}), WITH_HEAD[-1])
+    ),
 )
 
 

@@ -22,6 +22,7 @@ COMMANDS = {
     "calibrate": ".command_calibrate",
     "fidelity": ".command_fidelity",
     "prepare": ".command_prepare",
+    "guideline": ".command_guideline",
     "explain": ".command_explain",
     "models": ".command_models",
     "maps": ".command_maps",

@@ -151,7 +151,11 @@ def _place(runner: Runner, method: str, given: Any, inputs: Array) -> Path | Non
     file = getattr(given, "FILE", None)
     if file is None or getattr(given, file) is not None:
         return None
-    key = checksum(runner.model.weights, inputs, runner.config, given, runner.engine.name)
+    if hasattr(given, "found_in"):  # in less than everything
+        weights, of_inputs, *settings = given.found_in(runner.model.weights, inputs)
+        key = checksum(weights, of_inputs, *settings)
+    else:
+        key = checksum(runner.model.weights, inputs, runner.config, given, runner.engine.name)
     return cache_root() / "prepared" / f"{method}-{key[:16]}.json"
 
 

@@ -651,6 +651,30 @@ def ratio(value: float | None) -> str:
 # --- prepare --------------------------------------------------------------------------------------------------------
 
 
+def guideline_blocks(document: Mapping[str, Any]) -> list[Block]:
+    """Each window with its candidates and their price, and the cheapest as what --set takes."""
+    config, rows, chosen = document["config"], document["rows"], document["chosen"]
+    columns = [
+        ("window", [str(row["window"]) for row in rows]),
+        ("candidates", [str(row["candidates"]) for row in rows]),
+        (f"top-{config['top']} %", [f"{100 * row['agreement']:.1f}" for row in rows]),
+        ("KL nats", [small(row["kl_nats"]) for row in rows]),
+        ("multiplications %", [percent(row["multiplications"]) for row in rows]),
+        ("weight bytes %", [percent(row["weight_bytes"]) for row in rows]),
+        column("predicted", SECONDS, [row["predicted_s"] for row in rows]),
+        ("x exact head", [times(row["exact_s"] / row["predicted_s"]) for row in rows]),
+    ]
+    headers, cells = columns_to_rows(columns)
+    wish = f"top-{config['top']} agreement of {100 * config['agreement']:g} % or more"
+    where = f"weights {config['weights']}\ninput {config['input']}"
+    return [
+        f"{heading(document)}\n{where}",
+        Table(f"{wish} over {config['positions']} positions; cost of the head at one position", headers, cells, left=0),
+        f"fewest multiplications: --set svd-softmax.window={chosen['window']} "
+        f"--set svd-softmax.candidates={chosen['candidates']}",
+    ]
+
+
 def document_blocks(document: Mapping[str, Any]) -> list[Block]:
     """What a method found: its settings in one line, and each list of records as a table."""
     lists = {name: value for name, value in document.items() if isinstance(value, list)}

@@ -168,7 +168,7 @@ def _live(program: Dense, workload: Workload) -> list[Quantity]:
         *program.attention_live(),
         *(program.held() + moment for moment in program.feed_forward_live()),
         program.held() + memory.convolution(s),
-        memory.head(s),
+        program.head_live(),
         memory.stem(s),
     ]
     waiting = earlier_outputs(s, workload) if s.config.streams else 0
@@ -275,7 +275,7 @@ def _parameters(program: Dense, workload: Workload) -> Quantity:
     rest = (3 if c.recipe == "emformer" else 2) * norm
     if c.recipe == "conformer":
         rest += 3 * norm + 3 * c.d_model * (c.d_model + int(c.bias)) + (c.conv_kernel + 5) * c.d_model
-    sublayers = program.attention_parameters() + program.feed_forward_parameters()
+    sublayers = program.attention_parameters() + program.feed_forward_parameters() + program.head_parameters()
     output = c.d_out * (c.d_model + 1) + _norm_parameters(c, c.d_out)
     return sublayers + c.layers * rest + _stem_parameters(c, workload) + (norm if c.final_norm else 0) + output
 

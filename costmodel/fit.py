@@ -36,6 +36,7 @@ HALVES: dict[str, tuple[str, ...]] = {
     "weighted_sum": ("q_len", "k_len", "head_dim"),
     "attention": ("q_len", "k_len", "head_dim"),
     "relative_attention": ("length", "head_dim"),
+    "refine": ("n", "d_in"),
 }
 HALF_PRIOR = 8.0  # rows, columns: a few vector registers
 PRIOR_SIGMA = {"overhead": 2.0, "half": 1.5, "vector": 1.5, "near": 0.7, "far": 0.7, "cache": 0.7}  # in log units

@@ -214,6 +214,22 @@ def _relative_attention(
     )
 
 
+def _top(b: int, rows: Quantity, width: Quantity, n: Quantity) -> Cost:
+    return Cost(activation_bytes=rows * width * b, bytes_written=rows * n * INDEX_BYTES)
+
+
+def _refine(b: int, rows: Quantity, n: Quantity, d_in: Quantity, replace: int) -> Cost:
+    words = rows * n  # each row reads its own: none is read once for two rows
+    return Cost(
+        matmul_flops=2 * words * d_in,
+        vector_flops=(1 - replace) * words,
+        weight_bytes=words * d_in * b,
+        table_bytes=words * INDEX_BYTES,
+        activation_bytes=(rows * d_in + (1 - replace) * words) * b,
+        bytes_written=words * b,
+    )
+
+
 FORMULAS: dict[str, Callable[..., Cost]] = {
     "linear": _linear,
     "project": _linear,
@@ -240,6 +256,8 @@ FORMULAS: dict[str, Callable[..., Cost]] = {
     "weighted_sum": _weighted_sum,
     "attention": _attention,
     "relative_attention": _relative_attention,
+    "top": _top,
+    "refine": _refine,
 }
 
 

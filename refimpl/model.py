@@ -269,7 +269,7 @@ class Runner:
         if self.config.final_norm:
             x = _norm(at, x, weights.final_norm, self.config)
         if self.config.head:
-            x = steps.head(at, x, weights.stem.embedding)
+            x = steps.head(at, x, weights)
         if self.config.d_out:
             x = at(HEAD).linear(x, weights.output.weight, weights.output.bias)  # (B, T, d_out)
             x = _norm(at, x, weights.output_norm, self.config)

@@ -23,6 +23,8 @@ FREE = {  # selections and comparisons cost no FLOP
     "logical_and", "logical_not",
 }  # fmt: skip
 
+IN_PLACE = ("append", "refine")  # ops that write into their first operand
+
 
 @dataclass
 class Ledger:
@@ -80,6 +82,9 @@ class Counted(np.ndarray):
         return _counted(result, ledger)
 
     def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if function is np.argsort:  # comparisons cost no FLOP, and indices are no numbers to count with
+            self.ledger.touch(args[0])
+            return function(np.asarray(args[0]), *args[1:], **kwargs)
         if function in (np.concatenate, np.stack, np.where):
             for x in args[0] if isinstance(args[0], (list, tuple)) else args:
                 self.ledger.touch(x)
@@ -153,32 +158,28 @@ def audit(op: str, *args: Any, **kwargs: Any) -> Any:
     engine = NumpyEngine(_namespace(ledger))
     watched = [_watch(x, ledger) for x in args]
     watched_kwargs = {name: _watch(x, ledger) for name, x in kwargs.items()}
-    if op == "append":  # writes into its first operand
+    if op in IN_PLACE:
         ledger.written[_address(watched[0])] = 0
     result = getattr(engine, op)(*watched, **watched_kwargs)
-    if op == "append":
-        return _audited_append(ledger, itemsize, *args, **kwargs)
     parts = result if isinstance(result, tuple) else (result,)
+    if op in IN_PLACE:
+        (elements,) = ledger.written.values()
+        bytes_written = elements * itemsize
+    else:
+        bytes_written = sum(_written(part, ledger) * part.itemsize for part in parts)
     counted = {
         "matmul_flops": ledger.matmul_flops,
         "vector_flops": ledger.vector_flops,
         "bytes_read": ledger.bytes_read,
-        "bytes_written": sum(_written(part, ledger) for part in parts) * itemsize,
+        "bytes_written": bytes_written,
     }
     sizes = SIZES[op](*args, **kwargs)
     cost = FORMULAS[op](itemsize, **sizes)
     assert {name: getattr(cost, name) for name in counted} == counted, f"{op} {sizes}"
+    if op in IN_PLACE:  # once more, on the caller's own operand
+        return getattr(NumpyEngine(), op)(*args, **kwargs)
     plain = tuple(np.array(part) for part in parts)
     return plain if isinstance(result, tuple) else plain[0]
-
-
-def _audited_append(ledger: Ledger, itemsize: int, store: np.ndarray, new: np.ndarray, start: int) -> np.ndarray:
-    """Compare what was counted, then append to the caller's own store."""
-    (elements,) = ledger.written.values()
-    counted = {"bytes_read": ledger.bytes_read, "bytes_written": elements * itemsize, "flops": ledger.vector_flops}
-    cost = FORMULAS["append"](itemsize, **SIZES["append"](store, new, start))
-    assert {name: getattr(cost, name) for name in counted} == counted, f"append {new.shape}"
-    return NumpyEngine().append(store, new, start)
 
 
 def _written(part: np.ndarray, ledger: Ledger) -> int:

@@ -18,10 +18,10 @@ RECIPES = (*WHOLE, "emformer")
 
 
 @st.composite
-def configs(draw: Any, recipe: str | None = None) -> ModelConfig:
+def configs(draw: Any, recipe: str | None = None, head: bool | None = None) -> ModelConfig:
     """A model of one of the recipes, of every kind of stem, position, norm and feed-forward that goes with it.
 
-    Without `recipe` one that does not stream.
+    Without `recipe` one that does not stream; with `head` a language model.
     """
     recipe = recipe or draw(st.sampled_from(WHOLE))
     streams = recipe == "emformer"
@@ -31,7 +31,8 @@ def configs(draw: Any, recipe: str | None = None) -> ModelConfig:
         grouping = 1
     heads, head_dim = kv_heads * grouping, 2 * draw(st.integers(1, 3))
     stem = "stacked" if streams else draw(st.sampled_from(["tokens", "frames", "stacked", "patches"]))
-    gated, head = draw(st.booleans()), stem == "tokens" and draw(st.booleans())
+    stem = "tokens" if head else stem
+    gated, head = draw(st.booleans()), stem == "tokens" and (head or draw(st.booleans()))
     return ModelConfig(
         name="random",
         recipe=recipe,
@@ -76,9 +77,9 @@ def workloads(draw: Any, config: ModelConfig | None = None) -> Workload:
 
 
 @st.composite
-def decoders(draw: Any) -> ModelConfig:
-    """A model that can keep keys and values of past positions."""
-    config = draw(configs(draw(st.sampled_from(["post-norm", "pre-norm"]))))
+def decoders(draw: Any, head: bool | None = None) -> ModelConfig:
+    """A model that can keep keys and values of past positions; with `head` a language model."""
+    config = draw(configs(draw(st.sampled_from(["post-norm", "pre-norm"])), head))
     position = "rotary" if config.position == "relative" else config.position
     return replace(config, stem="tokens", strides=(), stack=0, causal=True, position=position)
 
@@ -168,6 +169,18 @@ def kvsharer_parameters(draw: Any, config: ModelConfig) -> dict[str, Any]:
 
 
 @st.composite
+def svd_softmax_parameters(draw: Any, config: ModelConfig) -> dict[str, Any]:
+    """Any parameters of svd-softmax that fit the model."""
+    return {
+        "window": draw(st.none() | st.integers(1, config.d_model)),
+        "candidates": draw(st.none() | st.integers(1, config.vocab)),
+        "full_view": draw(st.sampled_from(["incremental", "replace"])),
+        "decomposition": draw(st.sampled_from(["auto", "svd", "gram"])),
+        "fused": draw(st.booleans()),
+    }
+
+
+@st.composite
 def efficientasr_parameters(draw: Any, config: ModelConfig) -> dict[str, Any]:
     """Any parameters of efficientasr that fit the model."""
     given: dict[str, Any] = {
@@ -208,10 +221,13 @@ def head_matches(draw: Any, layers: int, heads: int) -> list[list[int]]:
     return [[layer, head, draw(st.integers(0, layer - 1)), draw(st.integers(0, heads - 1))] for layer, head in targets]
 
 
+ON_HEADS = ("svd-softmax",)  # methods for models with a language head alone
+
 # method -> what draws its parameters for a model; methods without parameters are not listed
 PARAMETERS = {
     "reuse": reuse_parameters,
     "folding": folding_parameters,
+    "svd-softmax": svd_softmax_parameters,
     "kvsharer": kvsharer_parameters,
     "headshare": headshare_parameters,
     "efficientasr": efficientasr_parameters,

@@ -58,7 +58,7 @@ def test_method_has_its_file_in_every_folder(method: str) -> None:
     assert (Path(refimpl.__path__[0]) / "methods" / f"{module}.py").is_file()
     assert (Path(costmodel.__path__[0]) / "methods" / f"{module}.py").is_file()
     assert (ROOT / "docs" / "methods" / f"{method}.md").is_file()
-    assert any(method in path.name for path in (ROOT / "tests" / "methods").glob("test_*.py"))
+    assert any(module in path.name for path in (ROOT / "tests" / "methods").glob("test_*.py"))
 
 
 def test_catalogue_programs_and_closed_forms_agree() -> None:

@@ -22,10 +22,11 @@ from typing import Any
 
 import pytest
 import sympy
+from strategies import ON_HEADS
 
 import costmodel
 from costmodel.methods import COSTS
-from refimpl.components import ATTENTION, COMPONENTS, OUTPUT, POSITIONS, QKV, SCORES, SOFTMAX, WEIGHTED_SUM
+from refimpl.components import ATTENTION, COMPONENTS, HEAD, OUTPUT, POSITIONS, QKV, SCORES, SOFTMAX, WEIGHTED_SUM
 from refimpl.config import ModelConfig, Workload
 from refimpl.methods import CATALOG
 from refimpl.methods.programs import PROGRAMS
@@ -162,7 +163,7 @@ def test_commands_of_the_pages_exit_with_0(block: Block, shell: dict[str, Any]) 
 
 # --- formulas -----------------------------------------------------------------------------------------------------
 
-B, T, N = sympy.symbols("B T N", integer=True, positive=True)
+B, T, N, V = sympy.symbols("B T N V", integer=True, positive=True)
 d, f, H, HKV, HALF = sympy.symbols("d f H Hkv h", integer=True, positive=True)
 D = 2 * HALF  # even, as rotary positions need it
 FIGURES = ("matmul_flops", "vector_flops", "bytes_read", "bytes_written")
@@ -181,15 +182,18 @@ def test_formula_tables_equal_the_cost_model(what: str, rows: list[list[str]]) -
     given = dict(setting.split("=") for setting in settings)
     layer, position, only = int(given.pop("layer", 1)), given.pop("position", "none"), given.pop("only", None)
     masks = (constant(given.pop("causal")),) if "causal" in given else (False, True)
+    of_head = only == HEAD
     for bias, causal, (heads, reused) in itertools.product((0, 1), masks, head_counts(given)):
         letters = {"B": B, "T": T, "N": T * (T + 1) / 2 if causal else T * T, "d": d, "D": D, "bias": bias}
         letters |= {"R": T if causal else 2 * T - 1}  # offsets of relative positions that meet a key
         letters |= {"H": heads, "P": reused, "Hkv": heads if position == "relative" or reused else HKV}
+        letters |= {"V": V, "W": 3 + 4 * bias, "n": 5 + 6 * bias}  # two pairs of sizes of a preview and of its choice
         config = ModelConfig(
             "symbols", "post-norm", layer, d, heads, f, kv_heads=letters["Hkv"], head_dim=D, bias=bool(bias),
-            position=position, vocab=1,
+            position=position, vocab=V if of_head else 1, head=method in ON_HEADS,
         )  # fmt: skip
-        params = {name: reused if value == "P" else constant(value) for name, value in given.items()}
+        sizes = {"P": reused, "W": letters["W"], "n": letters["n"]}
+        params = {name: sizes[value] if value in sizes else constant(value) for name, value in given.items()}
         ops = ops_of_layer(method, config, Workload(T, B, causal=causal), params, layer, only)
         steps = [row for row in rows if not row[0].startswith("total")]
         assert [(row[0], row[1]) for row in steps] == [(op.component, named(op)) for op in ops]
@@ -222,9 +226,10 @@ def ops_of_layer(
     def ops(layers: int) -> list[Any]:
         shorter = ModelConfig(**{**vars(config), "layers": layers})
         found = costmodel.estimate(method, shorter, workload, params).ops
-        return [op for op in found if op.component in SUBLAYER and op.calls]
+        return [op for op in found if op.component in (HEAD if only == HEAD else SUBLAYER) and op.calls]
 
-    return [op for op in ops(layer)[len(ops(layer - 1)) if layer > 1 else 0 :] if only in (None, op.component)]
+    before = len(ops(layer - 1)) if layer > 1 and only != HEAD else 0
+    return [op for op in ops(layer)[before:] if only in (None, op.component)]
 
 
 def named(op: Any) -> str:

@@ -12,6 +12,7 @@ from refimpl import Model, Runner, forward, load_model
 from refimpl.diagnostics import attention_maps, diagonality
 from refimpl.inputs import load_input, sample
 from refimpl.language import generate, negative_log_likelihood, perplexity, windows
+from refimpl.preparation.svd_softmax import gram_matrix, spectrum
 
 pytestmark = pytest.mark.models
 DATA = Path(__file__).parent / "data"
@@ -217,6 +218,33 @@ def test_smollm2_perplexity_of_2048_tokens_equals_transformers(smollm2: Model, n
     with np.load(DATA / "smollm2_reference.npz") as reference:
         np.testing.assert_allclose(likelihoods, reference[f"{name.replace('-', '_')}_nll"], atol=5e-4)
     assert np.exp(likelihoods.mean()) == pytest.approx(TEXTS[name], rel=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "shares", "centred"),
+    [
+        ("smollm2-135m", (0.589, 0.633, 0.711, 0.838), (0.257, 0.337, 0.477, 0.708)),
+        ("whisper-tiny-en", (0.894, 0.907, 0.928, 0.962), (0.379, 0.454, 0.579, 0.775)),
+    ],
+)
+def test_spectra_of_language_heads_are_those_of_the_page(
+    name: str, shares: tuple[float, ...], centred: tuple[float, ...]
+) -> None:
+    """docs/methods/svd-softmax.md; Whisper's decoder is read for its head alone."""
+    head = _pretrained(name).weights.stem.embedding if name == "smollm2-135m" else _decoder_embedding(name)
+    found = spectrum(head, gram_matrix(head))
+    assert tuple(found["shares"].values()) == pytest.approx(shares, abs=6e-4)
+    assert tuple(found["centred_shares"].values()) == pytest.approx(centred, abs=6e-4)
+
+
+def _decoder_embedding(name: str) -> Any:
+    from refimpl.weights import pretrained
+    from refimpl.weights.readers import CTRANSLATE2, CTranslate2File
+
+    folder = pretrained.folder(name)
+    if folder is None:
+        pytest.skip(f"{name} is not on this machine: effref models fetch {name}")
+    return CTranslate2File(folder / CTRANSLATE2).read("decoder/embeddings/weight")  # (V, D)
 
 
 # --- photos ---------------------------------------------------------------------------------------------------------

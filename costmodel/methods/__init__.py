@@ -15,6 +15,7 @@ COSTS: Registry[type[Dense]] = Registry(
         "flash": "costmodel.methods.flash:Flash",
         "reuse": "costmodel.methods.reuse:Reuse",
         "folding": "costmodel.methods.folding:Folding",
+        "svd-softmax": "costmodel.methods.svd_softmax:SVDSoftmax",
         "kvsharer": "costmodel.methods.kvsharer:KVSharer",
         "headshare": "costmodel.methods.headshare:HeadShare",
         "efficientasr": "costmodel.methods.efficientasr:EfficientASR",

@@ -50,6 +50,10 @@ class Dense:
         c = self.setting.config
         return [steps.linear(self.setting, HEAD, c.d_model, c.vocab, 0)] if c.head else []
 
+    def head_parameters(self) -> Quantity:
+        """Weights of a head beside the table of tokens that it is tied to."""
+        return 0
+
     def attention_parameters(self) -> Quantity:
         """Weights of the attention sublayers of all layers."""
         return self.setting.config.layers * steps.attention_parameters(self.setting.config)
@@ -78,6 +82,10 @@ class Dense:
     def feed_forward_live(self) -> list[Quantity]:
         """Elements alive at the fullest moments of a feed-forward sublayer."""
         return [memory.feed_forward(self.setting)]
+
+    def head_live(self) -> Quantity:
+        """Elements alive at the fullest moment of the head, or of the last linear map."""
+        return memory.head(self.setting)
 
     def mask_bytes(self) -> Quantity:
         """Bytes of the masks that the method makes for a pass."""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.engines.buffers import Buffers
-from refimpl.engines.numba_kernels import check, convolution, elementwise, few_rows, layout, rows, threads
+from refimpl.engines.numba_kernels import check, convolution, elementwise, few_rows, layout, rows, selection, threads
 from refimpl.engines.numba_kernels.attention import fused_attention, fused_relative_attention
 from refimpl.errors import ShapeError
 
@@ -286,6 +286,10 @@ class NumbaEngine:
             n_rows = out.size // k_len
             s, stride = layout.as_rows(scores, k_len)
             parts = layout.count(n_rows, out.size)
+            if n_rows <= layout.FEW_ROWS and k_len >= layout.LONG_ROW and not (causal and q_len > 1):
+                parts = layout.count(n_rows * -(-k_len // rows.RANGE), out.size)
+                rows.kernel_softmax_of_long_rows(s, stride, out.reshape(-1), k_len, n_rows, parts)
+                return out
             rows.kernel_softmax(s, stride, out.reshape(-1), k_len, q_len, bool(causal), n_rows, parts)
         return out
 
@@ -347,6 +351,38 @@ class NumbaEngine:
         k, v = layout.batched(k, q), layout.batched(v, q)
         out = self._heads(q, v.shape[3])
         return fused_relative_attention(q, q_position, k, v, p, scale, causal, mask, out)
+
+    # --- selection ------------------------------------------------------------------------------------------
+
+    def top(self, z: Array, n: int) -> Array:
+        width = z.shape[-1] if z.ndim else 0
+        check.expect("top", f"z (..., V) with V >= {n} >= 1", 1 <= n <= width, z=z)
+        n_rows = z.size // width
+        ids = self.buffers.empty((*z.shape[:-1], n), np.int64)
+        flat_z, flat_ids = np.ascontiguousarray(z).reshape(n_rows, width), ids.reshape(n_rows, n)
+        group = max(1, layout.GROUP_ELEMENTS // width)  # rows for which notes are held at a time
+        for first in range(0, n_rows, group):
+            part = flat_z[first : first + group]
+            selection.kernel_top(part, n, flat_ids[first : first + group], layout.count(part.size, part.size))
+        return ids
+
+    def refine(self, z: Array, ids: Array, weight: Array, g: Array, replace: bool = False) -> Array:
+        fits = weight.ndim == 2 and z.shape[-1:] == weight.shape[:1] and g.shape[-1:] == weight.shape[1:]
+        fits = fits and z.shape[:-1] == ids.shape[:-1] == g.shape[:-1] and weight.shape[1] > 0
+        expected = f"z (..., V), ids (..., n) like {ids.shape}, weight (V, K), g (..., K)"
+        check.expect("refine", expected, fits, z=z, weight=weight, g=g)
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < len(weight):
+            message = f"refine: weight {weight.shape} has no rows for ids from {ids.min()} to {ids.max()}"
+            raise ShapeError(message)
+        if ids.size:
+            n_rows, n = ids.size // ids.shape[-1], ids.shape[-1]
+            flat_z = z.reshape(n_rows, len(weight))
+            flat_g = layout.readable(g.reshape(n_rows, weight.shape[1]))
+            parts = layout.count(ids.size, ids.size * weight.shape[1])
+            selection.kernel_refine(flat_z, ids.reshape(n_rows, n), layout.readable(weight), flat_g, replace, parts)
+            if not np.may_share_memory(flat_z, z):
+                z[...] = flat_z.reshape(z.shape)
+        return z
 
     # --- shared steps ---------------------------------------------------------------------------------------
 

@@ -232,6 +232,28 @@ class NumpyEngine:
             out[:, :, row, :] = self._mix(e, v[:, :, :seen, :]) / total
         return out
 
+    # --- selection ----------------------------------------------------------------------------------------------
+
+    def top(self, z: Array, n: int) -> Array:
+        width = z.shape[-1]
+        rising = self.xp.argsort(self.xp.flip(z, axis=-1), axis=-1, stable=True)  # of equal ones the lowest index last
+        return self.xp.sort(width - 1 - rising[..., width - n :], axis=-1)  # (..., n)
+
+    def refine(self, z: Array, ids: Array, weight: Array, g: Array, replace: bool = False) -> Array:
+        n, (width, depth) = ids.shape[-1], weight.shape
+        rows = ids.size // n
+        logits, chosen = self.xp.reshape(z, (rows, width)), self.xp.reshape(ids, (rows, n))  # a view of z
+        inner = self.xp.reshape(g, (rows, depth))
+        for row in range(rows):
+            products = self.xp.take(weight, chosen[row, :], axis=0) @ inner[row, :]  # (n,)
+            if not replace:
+                products = self.xp.take(logits[row, :], chosen[row, :], axis=0) + products
+            for i in range(n):
+                logits[row, int(chosen[row, i])] = products[i]
+        return z
+
+    # --- shared steps -------------------------------------------------------------------------------------------
+
     def _products(self, q: Array, k: Array) -> Array:
         """``q kᵀ`` with query head h on key head h // (H / Hkv)."""
         return self._grouped(q, self.xp.matrix_transpose(k))

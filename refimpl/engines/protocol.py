@@ -2,7 +2,7 @@
 
 A method calls ``at(COMPONENT).op(...)`` and never asks which engine runs it. Letters: B batch, T length (Tq queries,
 Tk keys), d width, H heads (Hkv of keys and values), D head width. Hidden states are (B, T, d), heads (B, H, T, D).
-Ops never modify their inputs, `append` excepted, and the dtype that goes in comes out.
+Ops never modify their inputs, `append` and `refine` excepted, and the dtype that goes in comes out (but for `top`).
 
 Cost conventions (the formulas are ``costmodel.ops``): a multiply-add is 2 FLOPs; matrix and vector FLOPs are apart; one
 exp, erf, division, maximum or addition is one vector FLOP; bytes are what an op must move: the elements of its operands
@@ -111,7 +111,7 @@ class Engine(Protocol):
 
     def append(self, store: Array, new: Array, start: int) -> Array:
         """Write new (B, H, T, D) into rows start to start + T - 1 of store (B, H, S, D), in place; the rows filled so
-        far (B, H, start + T, D), a view. The one op that modifies an operand."""
+        far (B, H, start + T, D), a view. Modifies its first operand."""
 
     # --- attention ----------------------------------------------------------------------------------------------
     # A mask is a bool array that broadcasts to (B, H, Tq, Tk); True where a query may look. With `causal`, query i
@@ -153,6 +153,16 @@ class Engine(Protocol):
         mask: Array | None = None,
     ) -> Array:
         """`attention` whose logit (i, j) has ``scale q_position[i] . p[T - 1 - i + j]`` added; p (H, 2T - 1, D)."""
+
+    # --- selection ----------------------------------------------------------------------------------------------
+
+    def top(self, z: Array, n: int) -> Array:
+        """Where the n largest numbers of each row stand: z (..., V) -> (..., n), int64, ascending. Of equal numbers
+        those with the lower index are taken first. Rows must be free of NaN."""
+
+    def refine(self, z: Array, ids: Array, weight: Array, g: Array, replace: bool = False) -> Array:
+        """``z[i] += weight[i] . g`` (or ``=``, to replace) for the ids i of each row: z (..., V), ids (..., n), weight
+        (V, K), g (..., K) -> z. Modifies its first operand."""
 
 
 # --- the sizes that decide the cost of a call -----------------------------------------------------------------------
@@ -266,6 +276,15 @@ def _relative_attention(
     }  # fmt: skip
 
 
+def _top(z: Array, n: int) -> Sizes:
+    return {"rows": z.size // z.shape[-1], "width": z.shape[-1], "n": n}
+
+
+def _refine(z: Array, ids: Array, weight: Array, g: Array, replace: bool = False) -> Sizes:
+    n = ids.shape[-1]
+    return {"rows": ids.size // n, "n": n, "d_in": weight.shape[1], "replace": int(replace)}
+
+
 SIZES: dict[str, Callable[..., Sizes]] = {
     "linear": _linear,
     "project": _linear,
@@ -292,4 +311,6 @@ SIZES: dict[str, Callable[..., Sizes]] = {
     "weighted_sum": _weighted_sum,
     "attention": _attention,
     "relative_attention": _relative_attention,
+    "top": _top,
+    "refine": _refine,
 }

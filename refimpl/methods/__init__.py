@@ -58,6 +58,15 @@ CATALOG: dict[str, Method] = {
         equation="X'[t n + j] = X[t, j d/n : (j+1) d/n], Y' = softmax(Q' K'^T / sqrt(D') + mask) V' Wo'^T on T n rows",
         reading="n, heads, mask, folded layers and feed-forward (the paper's are not known); weights by projection",
     ),
+    "svd-softmax": Method(
+        title="language head by preview, selection and full view",
+        paper="Shim et al., NIPS 2017, p. 5463",
+        exact=False,
+        model="smollm2-135m",
+        equation="A = U S Q^T, R = A Q, g = Q^T h; z_i = R[i, :W] . g[:W] for all words, "
+        "z_i += R[i, W:] . g[W:] for the N largest",
+        reading="W and N by default, selection by threshold, ties, the two copies of R, weighting by activations",
+    ),
     "kvsharer": Method(
         title="keys and values shared across layers",
         paper="Yang et al., arXiv 2410.18517",

@@ -54,6 +54,6 @@ class Dense:
         """The feed-forward sublayer: (B, T, d) -> (B, T, d)."""
         return feed_forward(at, x, weights, layer.config)
 
-    def head(self, at: At, x: Array, embedding: Array) -> Array:
+    def head(self, at: At, x: Array, weights: Weights) -> Array:
         """The tied language head: (B, T, d) -> (B, T, V)."""
-        return at(HEAD).linear(x, embedding)
+        return at(HEAD).linear(x, weights.stem.embedding)

@@ -48,6 +48,13 @@ ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "softmax": lambda: (MAP,),
     "weighted_sum": lambda: (MAP, HEADS),
     "attention": lambda: (HEADS, array(B, H, T, D), array(B, H, T, D)),
+    "top": lambda: (array(B, 1, 49152), 3072),
+    "refine": lambda: (
+        array(B, 1, 49152),
+        np.arange(B * 3072).reshape(B, 1, 3072) * 16,
+        array(49152, 504),
+        array(B, 1, 504),
+    ),
     "relative_attention": lambda: (HEADS, HEADS, HEADS, HEADS, array(H, 2 * T - 1, D), 0.125),
 }
 

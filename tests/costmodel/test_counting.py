@@ -11,7 +11,9 @@ from counting import AuditedEngine, audit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from strategies import (
+    ON_HEADS,
     RECIPES,
+    WHOLE,
     cached_workloads,
     configs,
     decoders,
@@ -30,13 +32,14 @@ from refimpl.preparation.headpool import compact
 from refimpl.recorder import tally
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("method", CATALOG)
+@pytest.mark.parametrize(
+    ("method", "recipe"), [(m, recipe) for m in CATALOG for recipe in (WHOLE if m in ON_HEADS else RECIPES)]
+)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_recorded_ops_equal_closed_form(method: str, recipe: str, data: st.DataObject) -> None:
     """Op by op, with all sizes, as integers; and every executed op's FLOPs and bytes are counted while it runs."""
-    config = data.draw(configs(recipe))
+    config = data.draw(configs(recipe, method in ON_HEADS))
     workload = data.draw(workloads(config))
     params = data.draw(parameters_for(method, config))
     engine = AuditedEngine()
@@ -53,7 +56,7 @@ def test_recorded_ops_equal_closed_form(method: str, recipe: str, data: st.DataO
 @given(data=st.data())
 def test_recorded_ops_with_a_cache_equal_closed_form(method: str, data: st.DataObject) -> None:
     """A prefill that fills a cache, and decoding after it: ops, cache bytes, and the counted cost of each op."""
-    config, workload = data.draw(decoders()), data.draw(cached_workloads())
+    config, workload = data.draw(decoders(method in ON_HEADS)), data.draw(cached_workloads())
     params = data.draw(parameters_for(method, config))
     engine = AuditedEngine()
     runner = Runner(load_model(config), engine)
@@ -72,7 +75,7 @@ def test_recorded_ops_with_a_cache_equal_closed_form(method: str, data: st.DataO
     assert cache.length == cache.capacity
 
 
-@pytest.mark.parametrize("method", CATALOG)
+@pytest.mark.parametrize("method", [method for method in CATALOG if method not in ON_HEADS])
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_recorded_ops_of_a_stream_equal_closed_form(method: str, data: st.DataObject) -> None:
@@ -101,7 +104,9 @@ def test_recorded_ops_of_a_stream_equal_closed_form(method: str, data: st.DataOb
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_parameter_bytes_equal_the_weights(method: str, data: st.DataObject) -> None:
-    config = data.draw(configs(data.draw(st.sampled_from(RECIPES))))
+    config = data.draw(
+        configs(data.draw(st.sampled_from(WHOLE if method in ON_HEADS else RECIPES)), method in ON_HEADS)
+    )
     workload = data.draw(workloads(config))
     params = data.draw(parameters_for(method, config))
     ready = Runner(load_model(config), "numpy").prepare(method, params)
@@ -149,6 +154,17 @@ def test_block_linear_counts_its_blocks_alone(sizes: tuple[int, ...], biased: bo
     batch, length, blocks, d_in, d_out = sizes
     bias = rng.standard_normal(blocks * d_out) if biased else None
     audit("block_linear", rng.standard_normal((batch, length, blocks * d_in)), rng.random((blocks, d_out, d_in)), bias)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.tuples(*[st.integers(1, 4)] * 2), st.integers(1, 9), st.integers(1, 5), st.booleans(), st.data())
+def test_selection_and_full_view_count_the_candidates_of_each_row(
+    rows: tuple[int, int], width: int, depth: int, replace: bool, data: st.DataObject
+) -> None:
+    rng = np.random.default_rng(0)
+    z, weight, g = (rng.standard_normal(shape) for shape in ((*rows, width), (width, depth), (*rows, depth + 1)))
+    ids = audit("top", z, data.draw(st.integers(1, width)))
+    audit("refine", z, ids, weight, g[..., 1:], replace)
 
 
 def test_formulas_take_arrays_of_lengths() -> None:

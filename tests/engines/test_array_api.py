@@ -46,6 +46,7 @@ def cases(dtype):
     mask = np.random.default_rng(1).random((2, 1, 5, 7)) < 0.6
     mask[:, :, 2] = False
     weights, p = np.abs(normal(dtype, 2, 4, 5, 7)), normal(dtype, 4, 9, 6)
+    table = normal(dtype, 9, 6)
     keys = np.arange(7).reshape(1, 1, 1, 7) < 4  # padding: the same keys for every query
     return {
         "linear": [(x, normal(dtype, 4, 6)), (x, normal(dtype, 4, 6), row[:4])],
@@ -82,6 +83,11 @@ def cases(dtype):
             (q, q, full_k, full_v, p, 0.4), (q, q, full_k, full_v, p, 0.4, True),
             (q, q, full_k, full_v, p, 0.4, True, mask[..., :5]),
         ],
+        "top": [(x, 1), (x, 6), (np.round(x), 3)],
+        "refine": [
+            (normal(dtype, 2, 5, 9), np.array([[[0, 8], [1, 2], [3, 4], [5, 6], [6, 7]]] * 2), table, x, replace)
+            for replace in (False, True)
+        ],
     }  # fmt: skip
 
 
@@ -94,7 +100,7 @@ def test_every_op_is_here():
 def test_op_needs_nothing_beyond_the_standard(op, dtype):
     for args in cases(dtype)[op]:
         for ours, theirs in zip(host(getattr(STRICT, op)(*strict(args))), host(getattr(NUMPY, op)(*args)), strict=True):
-            assert ours.dtype == theirs.dtype == dtype
+            assert ours.dtype == theirs.dtype == ("int64" if op == "top" else dtype)
             np.testing.assert_array_equal(ours, theirs, op)
 
 
@@ -145,6 +151,7 @@ METHODS = {
     "efficientasr": ("efficientasr", {"band": 2}),
     "efficientasr soft": ("efficientasr", {"group": 1, "score_residual": 0.5, "band": 1, "band_penalty": 1.5}),
     "efficientasr tied": ("efficientasr", {"ffn_chunks": 4, "ffn_tied": True}),
+    "svd-softmax": ("svd-softmax", {"window": 3, "candidates": 4}),
     "efficientasr fused": ("efficientasr", {"group": 1, "score_residual": 0, "band": 2, "fused": True}),
 }
 
@@ -163,6 +170,8 @@ def test_forward_needs_nothing_beyond_the_standard(config, method, causal, dtype
     name, params = METHODS[method]
     if "heads" in params and config.kv_heads != config.heads:
         pytest.skip("grouped keys: reuse takes all heads or none")
+    if name == "svd-softmax" and not config.head:
+        pytest.skip("no language head")
     if name == "folding" and config.position == "relative":
         params = {**params, "fold": 1}
     model, inputs = refimpl.load_model(config, dtype=dtype), inputs_for(config, dtype)

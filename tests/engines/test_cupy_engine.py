@@ -268,6 +268,30 @@ def test_append_refuses_what_does_not_fit(engine, shape, start):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_top_takes_the_first_of_equal_numbers(engine, dtype):
+    for z in (normal(dtype, 2, 3, 50), np.round(normal(dtype, 2, 3, 50)), np.zeros((1, 9), dtype)):
+        for n in (1, 4, z.shape[-1]):
+            found = engine.to_numpy(engine.top(engine.asarray(z), n))
+            np.testing.assert_array_equal(found, np.sort(np.argsort(-z, axis=-1, kind="stable")[..., :n], axis=-1))
+
+
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_refine_writes_exact_products_of_its_candidates(engine, dtype, replace, monkeypatch):
+    monkeypatch.setattr("refimpl.engines.cupy_engine.SCRATCH_BYTES", 4 * 3 * 6)  # a row or two at a time
+    z, weight, wide = normal(dtype, 2, 4, 9), normal(dtype, 9, 6), normal(dtype, 2, 4, 8)
+    ids = np.sort(np.random.default_rng(0).permuted(np.tile(np.arange(9), (2, 4, 1)), axis=-1)[..., :3], axis=-1)
+    found, g = engine.asarray(z), engine.asarray(wide)[..., 2:]
+    assert engine.refine(found, engine.asarray(ids), engine.asarray(weight), g, replace) is found
+    args = [array.astype(np.float64) for array in (z, weight, wide[..., 2:])]
+    truth, honest = (REFERENCE.refine(a.copy(), ids, b, c, replace) for a, b, c in (args, (z, weight, wide[..., 2:])))
+    allowed = 2 * largest(honest - truth) + 4 * float(np.finfo(dtype).eps) * largest(truth)
+    assert largest(engine.to_numpy(found).astype(np.float64) - truth) <= allowed
+    with pytest.raises(ShapeError, match=r"\(2, 4, 9\)"):
+        engine.refine(found, engine.asarray(ids), engine.asarray(weight[:8]), g)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("length", [1, 9])
 def test_rotary_is_accurate(engine, length, interleaved, dtype):

@@ -627,6 +627,13 @@ Z = np.zeros
             ["q (1, 3, 4, 6)", "k (1, 2, 4, 6)"],
         ),
         (lambda f: ENGINE.softmax(Z((3, 4), f)), ["scores (3, 4)"]),
+        (lambda f: ENGINE.top(Z((3, 4), f), 5), ["z (3, 4)", "V >= 5"]),
+        (lambda f: ENGINE.top(Z((3, 4), f), 0), ["z (3, 4)", "0 >= 1"]),
+        (
+            lambda f: ENGINE.refine(Z((1, 4), f), np.zeros((1, 2), int), Z((5, 3), f), Z((1, 3), f)),
+            ["z (1, 4)", "weight (5, 3)"],
+        ),
+        (lambda f: ENGINE.refine(Z((1, 5), f), np.array([[5]]), Z((5, 3), f), Z((1, 3), f)), ["(5, 3)", "5"]),
         (
             lambda f: ENGINE.add_relative(Z((1, 1, 3, 3), f), Z((1, 1, 3, 6), f)),
             ["(1, 1, 3, 3)", "(1, 1, 3, 6)"],

@@ -19,6 +19,7 @@ from refimpl.engines.numpy_engine import QUERY_BLOCK, NumpyEngine, visible_keys
 from refimpl.engines.protocol import SIZES
 from refimpl.errors import ShapeError
 
+IN_PLACE = ("append", "refine")
 ENGINE = NumpyEngine()
 DTYPES = ("float16", "float32", "float64")
 EXAMPLES = settings(max_examples=60, deadline=None)
@@ -349,6 +350,7 @@ def calls(dtype, batch=2, length=5):
     half, weights = normal(length, 3, dtype=dtype), np.abs(normal(batch, 4, length, length, dtype=dtype))
     p = normal(4, 2 * length - 1, 6, dtype=dtype)
     mask = some_mask(batch, 4, length, length)
+    ids = np.broadcast_to(np.array([1, 4, 7]), (batch, length, 3))
     return {
         "linear": (x, normal(4, 6, dtype=dtype), row[:4]),
         "project": (x, normal(6, 6, dtype=dtype), row, (2, 4)),
@@ -375,6 +377,8 @@ def calls(dtype, batch=2, length=5):
         "weighted_sum": (weights, v, True),
         "attention": (q, k, v, None, True, mask),
         "relative_attention": (q, q, k, v, p, 0.3, True, mask),
+        "top": (x, 4),
+        "refine": (normal(batch, length, 9, dtype=dtype), ids, normal(9, 6, dtype=dtype), x),
     }
 
 
@@ -397,14 +401,14 @@ def test_every_op_is_called():
 
 @pytest.mark.parametrize(("batch", "length"), [(2, 5), (2, 1), (0, 5)], ids=["ordinary", "T=1", "batch 0"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op", [op for op in SIZES if op != "append"])
+@pytest.mark.parametrize("op", [op for op in SIZES if op not in IN_PLACE])
 def test_dtype_and_inputs_stay(op, dtype, batch, length):
     args = calls(dtype, batch, length)[op]
     before = [array.copy() for array in arrays(args)]
     for array in arrays(args):
         array.flags.writeable = False
     for result in results(op, args):
-        assert result.dtype == dtype, op
+        assert result.dtype == ("int64" if op == "top" else dtype), op
         assert result.shape[0] == batch
     for array, copy in zip(arrays(args), before, strict=True):
         np.testing.assert_array_equal(array, copy)
@@ -421,6 +425,19 @@ def test_append_writes_its_rows_and_no_others():
     np.testing.assert_array_equal(new, given)
     with pytest.raises(ShapeError, match="the store has 7 rows; rows 6 to 7"):
         ENGINE.append(store, new, 6)
+
+
+def test_refine_writes_its_candidates_and_no_others():
+    z, ids = normal(2, 7, dtype="float32"), np.array([[0, 3], [5, 6]])
+    weight, g, before = normal(7, 4, dtype="float32"), normal(2, 4, dtype="float32"), z.copy()
+    assert ENGINE.refine(z, ids, weight, g) is z
+    for row in range(2):
+        expected = before[row].astype(np.float64)
+        expected[ids[row]] += weight[ids[row]].astype(np.float64) @ g[row]
+        np.testing.assert_allclose(z[row], expected, rtol=1e-6, atol=1e-6)
+    ENGINE.refine(z, ids, weight, g, True)
+    np.testing.assert_allclose(z[1, [5, 6]], weight[[5, 6]] @ g[1], rtol=1e-6)
+    np.testing.assert_array_equal(z[1, :5], before[1, :5])
 
 
 @pytest.mark.parametrize("op", SIZES)

@@ -15,6 +15,8 @@ CHUNK = 4096  # elements in a "row" of a contiguous array that an elementwise ke
 COPIED_ELEMENTS = 2**13  # up to so many, copying a view takes less than describing its memory (some 10 us)
 SERIAL_ELEMENTS = 2**16  # below this, waking a second thread (some 15 us) costs more than it saves
 MOST_PARTS = 64  # pieces that a kernel is cut into for its threads
+LONG_ROW = 2**16  # logits from which on a row is shared out among threads
+GROUP_ELEMENTS = 2**22  # of rows that are selected from at a time
 FEW_ROWS = 8  # up to so many rows a product takes the time of reading its large operand, by kernels of its own
 QUERY_BLOCK = 256  # query rows per product under a causal mask; keys beyond the last row's are left out
 

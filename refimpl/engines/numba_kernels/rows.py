@@ -10,6 +10,8 @@ from numba import njit
 from .parallel import KERNEL, STEP, share
 from .polynomials import accumulate, exp, full_width, maximum, span
 
+RANGE = 2**13  # logits of a long row that are worked on at a time, in the nearest cache
+
 
 @njit(**STEP)
 def _softmax_row(x, out):
@@ -54,6 +56,52 @@ def kernel_softmax(x, x_stride, out, k_len, q_len, causal, rows, parts):
     Rows are dealt out in turn: under a causal mask all parts then have the same work.
     """
     share(_softmax_rows, (x, x_stride, out, k_len, q_len, causal, rows, parts), parts, parts)
+
+
+@njit(**STEP)
+def _exponentiate_ranges(x, x_stride, out, maxima, totals, k_len, ranges, first, last):
+    """Set ``out = exp(x - m)`` for some ranges of rows; of each its maximum m and the sum of out."""
+    full_width()
+    for item in range(first, last):
+        row, start = item // ranges, item % ranges * RANGE
+        part = span(x, row * x_stride + start, min(RANGE, k_len - start))
+        y = span(out, row * k_len + start, part.size)
+        largest = x.dtype.type(-np.inf)
+        for j in range(part.size):
+            largest = maximum(largest, part[j])
+        shift, total = x.dtype.type(0) if largest == -np.inf else largest, x.dtype.type(0)
+        for j in range(part.size):
+            e = exp(part[j] - shift)
+            y[j] = e
+            total = accumulate(total, e)
+        maxima[item], totals[item] = largest, total
+
+
+@njit(**STEP)
+def _scale_ranges(out, factors, k_len, ranges, first, last):
+    """Multiply some ranges of rows, in place, each by its factor."""
+    full_width()
+    for item in range(first, last):
+        row, start = item // ranges, item % ranges * RANGE
+        y, factor = span(out, row * k_len + start, min(RANGE, k_len - start)), factors[item]
+        for j in range(y.size):
+            y[j] *= factor
+
+
+@njit(**KERNEL)
+def kernel_softmax_of_long_rows(x, x_stride, out, k_len, rows, parts):
+    """Softmax of few rows of many logits: ranges of a row are worked on at once, then put to one maximum and sum."""
+    ranges = (k_len + RANGE - 1) // RANGE
+    maxima, totals = np.empty(rows * ranges, x.dtype), np.empty(rows * ranges, x.dtype)
+    share(_exponentiate_ranges, (x, x_stride, out, maxima, totals, k_len, ranges), rows * ranges, parts)
+    for row in range(rows):
+        own = slice(row * ranges, (row + 1) * ranges)
+        largest, total = np.max(maxima[own]), x.dtype.type(0)
+        for item in range(row * ranges, (row + 1) * ranges):
+            maxima[item] = 0 if largest == -np.inf else exp(maxima[item] - largest)
+            total += maxima[item] * totals[item]
+        maxima[own] /= 1 if largest == -np.inf else total
+    share(_scale_ranges, (out, maxima, k_len, ranges), rows * ranges, parts)
 
 
 @njit(**STEP)

@@ -65,6 +65,7 @@ def _choose_tile(features: set[str], machine: str) -> Tile:
 
 TILE = _choose_tile(_target_features(), platform.machine().lower())
 _FEW_SUMS = 2 * TILE.rows  # vectors of sums that a product with few rows keeps: half of the registers
+PICKED = 4  # rows of a matrix that `dot_picked` takes at once
 _ROW_BLOCKS = (8, 4, 2, 1)  # rows that such a product takes at once
 _AHEAD_BYTES = 16 * 1024  # memory that streams by is asked for so much earlier; the processor stops at each page
 
@@ -156,12 +157,12 @@ class _Vectors:
         kind, name = ir.FunctionType(self.type, [self.type] * 3), f"llvm.fmuladd.v{self.count}f{self.bits}"
         return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, name), [a, b, c])
 
-    def prefetch(self, pointer: ir.Value) -> None:
-        """Ask for the memory `_AHEAD_BYTES` after a pointer, which need not exist."""
+    def prefetch(self, pointer: ir.Value, ahead_bytes: int = _AHEAD_BYTES) -> None:
+        """Ask for the memory so far after a pointer, which need not exist."""
         byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
         function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
-        ahead = self.builder.gep(self.builder.bitcast(pointer, byte), [cgutils.intp_t(_AHEAD_BYTES)])
+        ahead = self.builder.gep(self.builder.bitcast(pointer, byte), [cgutils.intp_t(ahead_bytes)])
         self.builder.call(function, [ahead, number(0), number(3), number(1)])  # to read, into all caches, as data
 
     def maximum(self, running: ir.Value, value: ir.Value) -> ir.Value:
@@ -583,6 +584,75 @@ def add_rows(
         return context.get_dummy_value()
 
     return types.void(*(types.intp,) * 3, *(out, types.intp) * 3), codegen
+
+
+@intrinsic
+def dot_picked(
+    typingctx: Any, depth: Any, out: Any, x: Any, w: Any, w_stride: Any, rows: Any, ahead: Any
+) -> Any:  # fmt: skip
+    """Set ``out[k] = x . w[rows[k]]`` for k < `PICKED`, `depth` numbers each, and ask for the rows ``ahead[k]`` of w.
+
+    Both lists of rows are pointers to int64.
+    """
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        columns, target, left, right, stride = args[:5]
+        vectors = _Vectors(builder, out)
+
+        def picked(list_: ir.Value) -> list[ir.Value]:
+            numbers = [builder.load(builder.gep(list_, [cgutils.intp_t(k)])) for k in range(PICKED)]
+            return [vectors.at(right, builder.mul(number, stride)) for number in numbers]
+
+        now, later = picked(args[5]), picked(args[6])
+        sums = _variables(builder, [vectors.constant(0.0)] * PICKED)
+
+        def step(t: ir.Value, width: int) -> None:
+            load = vectors.load if width > 1 else vectors.load_one
+            if width > 1:
+                for start in later:
+                    vectors.prefetch(vectors.at(start, t), 0)
+            value, totals = load(vectors.at(left, t)), _current(builder, sums)
+            factors = [load(vectors.at(start, t)) for start in now]
+            _assign(builder, sums, [vectors.multiply_add(value, *pair) for pair in zip(factors, totals, strict=True)])
+
+        _in_blocks(builder, columns, (vectors.count, 1), step)
+        vectors.store_sums(_current(builder, sums), target)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, out, x, w, types.intp, rows, ahead), codegen
+
+
+@intrinsic
+def vector_lanes(typingctx: Any, x: Any) -> Any:
+    """Count the numbers in a vector of the type that a pointer points to."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        return cgutils.intp_t(_Vectors(builder, x).count)
+
+    return types.intp(x), codegen
+
+
+@intrinsic
+def note_reaching(typingctx: Any, out: Any, x: Any, first: Any, threshold: Any) -> Any:
+    """Write to out (int32) the places of the numbers of one vector that reach a threshold; return how many do.
+
+    The places are `first` and those after it.
+    """
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        vectors, number = _Vectors(builder, x), ir.IntType(32)
+        reach = builder.fcmp_ordered(">=", vectors.load(args[1]), vectors.splat(args[3]))
+        kind = ir.VectorType(number, vectors.count)
+        start = builder.insert_element(ir.Constant(kind, ir.Undefined), builder.trunc(args[2], number), number(0))
+        places = builder.shuffle_vector(start, start, ir.Constant(kind, [0] * vectors.count))
+        places = builder.add(places, ir.Constant(kind, list(range(vectors.count))))
+        compress = ir.FunctionType(ir.VoidType(), [kind, number.as_pointer(), reach.type])
+        name = f"llvm.masked.compressstore.v{vectors.count}i32"
+        builder.call(cgutils.get_or_insert_function(builder.module, compress, name), [places, args[0], reach])
+        bits = ir.IntType(vectors.count)
+        return builder.zext(builder.ctpop(builder.bitcast(reach, bits)), cgutils.intp_t)
+
+    return types.intp(out, x, types.intp, threshold), codegen
 
 
 @intrinsic
