@@ -15,6 +15,7 @@ COSTS: Registry[type[Dense]] = Registry(
         "flash": "costmodel.methods.flash:Flash",
         "reuse": "costmodel.methods.reuse:Reuse",
         "folding": "costmodel.methods.folding:Folding",
+        "latte": "costmodel.methods.latte:Latte",
         "kvsharer": "costmodel.methods.kvsharer:KVSharer",
         "headshare": "costmodel.methods.headshare:HeadShare",
         "efficientasr": "costmodel.methods.efficientasr:EfficientASR",

@@ -13,6 +13,7 @@ PARAMETERS: Registry[type[Any]] = Registry(
         "flash": "refimpl.parameters.base:NoParameters",
         "reuse": "refimpl.parameters.reuse:ReuseParameters",
         "folding": "refimpl.parameters.folding:FoldingParameters",
+        "latte": "refimpl.parameters.latte:LatteParameters",
         "kvsharer": "refimpl.parameters.kvsharer:KVSharerParameters",
         "headshare": "refimpl.parameters.headshare:HeadShareParameters",
         "efficientasr": "refimpl.parameters.efficientasr:EfficientASRParameters",
