@@ -22,8 +22,8 @@ from refimpl.engines.numpy_engine import NumpyEngine, upper_nibble
 from refimpl.engines.protocol import OUTCOMES, SIZES
 
 FREE = {  # selections and comparisons cost no FLOP
-    "equal", "not_equal", "less", "greater", "less_equal", "greater_equal", "isfinite", "isnan", "logical_or", "bitwise_and",
-    "logical_and", "logical_not",
+    "equal", "not_equal", "less", "greater", "less_equal", "greater_equal", "isfinite", "isnan", "logical_or",
+    "bitwise_and", "logical_and", "logical_not",
 }  # fmt: skip
 
 

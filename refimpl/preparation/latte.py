@@ -4,8 +4,9 @@ One pass over the samples. In every layer, with the layers before it filtering b
 
     g_ij = scale sigma_q sigma_k (max_j m~_ij - m~_ij)
 
-of all visible pairs of a head are taken, from the 4-bit estimates that the filter itself compares; theta is the gap below
-which the wanted part of them lies. The source has trained thresholds and says nothing of how they start: this is ours.
+of all visible pairs of a head are taken, from the 4-bit estimates that the filter itself compares; theta is the gap
+below which the wanted part of them lies. The source has trained thresholds and says nothing of how they start: this is
+ours.
 """
 
 from __future__ import annotations

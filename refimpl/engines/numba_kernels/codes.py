@@ -1,8 +1,8 @@
 """Vector building blocks for filtered attention: products of small whole numbers, and products with chosen rows.
 
 A *word* is four neighbouring bytes. The processor's ``vpdpbusd`` adds, in each of 16 lanes, the product of a word of
-bytes without sign and a word of bytes with sign to a 32-bit sum: 64 multiply-adds. Where it lacks that, the same is said
-in instructions that every target has. All sums are exact. As in `vector`, LLVM splits vectors that a target lacks.
+bytes without sign and a word of bytes with sign to a 32-bit sum: 64 multiply-adds. Where it lacks that, the same is
+said in instructions that every target has. All sums are exact. As in `vector`, LLVM splits vectors that a target lacks.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, types
 
+from . import layout
 from .codes import (
     LANES,
     LINE,
@@ -144,6 +145,14 @@ def packed(k_codes, nearest, parts):
     rows = np.zeros(B * H * Tk * -(-D // LINE) * LINE, np.uint8)
     _kernel_pack(k_codes, nearest, panels, rows, items, min(items, parts))
     return panels, rows
+
+
+def dense_rows(x, queries):
+    """x (B, H, T, D), copied if its rows are apart and meet many queries.
+
+    Rows of heads that lie side by side in memory, a power of two apart, fall into few sets of a cache.
+    """
+    return layout.readable(x) if queries <= layout.FEW_ROWS else np.ascontiguousarray(x)
 
 
 def steps_and_margins(q_scale, k_scale, thresholds, scale):
