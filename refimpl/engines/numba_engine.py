@@ -382,10 +382,14 @@ class NumbaEngine:
         out, counts = self._heads(q, v.shape[3]), np.zeros(math.prod(q.shape[:3]), np.int64)
         if out.size and k.shape[2]:
             steps, margins = filtered.steps_and_margins(q_scale, k_scale, thresholds, scale)
-            k, v, k_codes = (filtered.dense_rows(layout.batched(x, q), q.shape[2]) for x in (k, v, k_codes))
+            k, v, k_codes = (
+                filtered.dense_rows(layout.batched(x, q), q.shape[2], self.buffers.empty) for x in (k, v, k_codes)
+            )
             q, q_codes = layout.readable(q), layout.readable(q_codes)
             elements = counts.size * k.shape[2]
-            panels, rows = filtered.packed(k_codes, nibble == "round", layout.count(layout.MOST_PARTS, k.size))
+            panels, rows = filtered.packed(
+                k_codes, nibble == "round", layout.count(layout.MOST_PARTS, k.size), self.buffers.empty
+            )
             seen = np.broadcast_to(np.ones((1, 1, 1, 1), bool) if mask is None else mask, (*q.shape[:3], k.shape[2]))
             items = math.prod(q.shape[:2]) * -(-q.shape[2] // filtered.ROWS)
             filtered.kernel_filtered(

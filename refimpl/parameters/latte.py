@@ -154,7 +154,8 @@ class LatteParameters:
             raise ConfigError("there are no thresholds yet: they are calibrated on inputs of a model")
         rows = [list(row) for row in self.thresholds]
         record = {name: value for name, value in self.thresholds.record.items() if name != "thresholds"}
-        return {"schema_version": VERSION, "method": METHOD, **record, "thresholds": rows}
+        about = {"schema_version": VERSION, "method": METHOD, "effref": "latte thresholds"}
+        return {**about, **record, "thresholds": rows}
 
 
 def _fraction(given: Any) -> Fraction:

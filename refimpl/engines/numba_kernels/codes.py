@@ -28,6 +28,7 @@ LINE = LANES * WORD  # bytes of a vector
 _BYTE, _INT = ir.IntType(8), ir.IntType(32)
 _BYTES, _INTS = ir.VectorType(_BYTE, LINE), ir.VectorType(_INT, LANES)
 _HAS_VNNI = "avx512vnni" in _target_features()
+_HAS_COMPRESS = "avx512f" in _target_features()
 # LLVM 22 declares the operands of vpdpbusd as bytes, earlier ones as 32-bit words.
 _OPERAND = _BYTES if llvmlite.binding.llvm_version_info[0] >= 22 else _INTS
 
@@ -87,17 +88,18 @@ def _lane_sums(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
     return vectors[0]
 
 
-@intrinsic
-def multiply_add_words(typingctx: Any, sums: Any, unsigned: Any, signed: Any, portable: Any) -> Any:
-    """Add the products of 16 words to 16 sums in memory; `portable` is a literal: for tests, which have both forms."""
+def product_of_words(form: MultiplyAdd) -> Any:
+    """A function of compiled code: add the products of 16 words in memory to 16 sums there."""
 
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        form = multiply_add_portable if portable.literal_value else _multiply_add
-        total = form(builder, _load(builder, args[0], _INTS, 4), *(_load(builder, x, _BYTES) for x in args[1:3]))
-        _store(builder, total, args[0], 4)
-        return context.get_dummy_value()
+    def intrinsic_of_form(typingctx: Any, sums: Any, unsigned: Any, signed: Any) -> Any:
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+            total = form(builder, _load(builder, args[0], _INTS, 4), *(_load(builder, x, _BYTES) for x in args[1:]))
+            _store(builder, total, args[0], 4)
+            return context.get_dummy_value()
 
-    return types.void(sums, unsigned, signed, portable), codegen
+        return types.void(sums, unsigned, signed), codegen
+
+    return intrinsic(intrinsic_of_form)
 
 
 @intrinsic
@@ -132,6 +134,18 @@ def estimate_tile(
     return types.void(out, types.intp, queries, types.intp, panel, types.intp), codegen
 
 
+def _compress(builder: ir.IRBuilder, values: ir.Value, kept: ir.Value, target: ir.Value) -> None:
+    """Write the lanes that are kept one after the other; what follows them may be overwritten."""
+    if _HAS_COMPRESS:  # to a register and from there to memory: straight to memory takes three times as long
+        kind = ir.FunctionType(_INTS, [_INTS, _INTS, kept.type])
+        function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.avx512.mask.compress.v{LANES}i32")
+        _store(builder, builder.call(function, [values, values, kept]), target, 4)
+        return
+    kind = ir.FunctionType(ir.VoidType(), [_INTS, _INTS.as_pointer(), kept.type])
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.compressstore.v{LANES}i32")
+    builder.call(function, [values, builder.bitcast(target, _INTS.as_pointer()), kept])
+
+
 @intrinsic
 def keep_from(typingctx: Any, indices: Any, estimates: Any, count: Any, least: Any) -> Any:
     """Write the places of the first `count` estimates that are at least `least`, in order; return how many.
@@ -143,9 +157,7 @@ def keep_from(typingctx: Any, indices: Any, estimates: Any, count: Any, least: A
         target, source, total, bound = args
         limit, lanes = _splat(builder, bound, LANES), ir.Constant(_INTS, list(range(LANES)))
         number = ir.IntType(64)
-        bits, mask = ir.IntType(LANES), ir.VectorType(ir.IntType(1), LANES)
-        kind = ir.FunctionType(ir.VoidType(), [_INTS, _INTS.as_pointer(), mask])
-        compress = cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.compressstore.v{LANES}i32")
+        bits = ir.IntType(LANES)
         found = cgutils.alloca_once_value(builder, number(0))
         with cgutils.for_range_slice(builder, number(0), total, number(LANES)) as (start, _):
             first = builder.trunc(start, _INT)
@@ -154,8 +166,7 @@ def keep_from(typingctx: Any, indices: Any, estimates: Any, count: Any, least: A
             values = _load(builder, _at(builder, source, start), _INTS, 4)
             kept = builder.and_(builder.icmp_signed(">=", values, limit), inside)
             here = builder.load(found)
-            place = builder.bitcast(_at(builder, target, here), _INTS.as_pointer())
-            builder.call(compress, [places, place, kept])
+            _compress(builder, places, kept, _at(builder, target, here))
             some = builder.ctpop(builder.bitcast(kept, bits))
             builder.store(builder.add(here, builder.zext(some, number)), found)
         return builder.load(found)
@@ -236,25 +247,24 @@ def dot_chosen_rows(
 
 @intrinsic
 def add_chosen_rows(
-    typingctx: Any, out: Any, weights: Any, indices: Any, count: Any, rows: Any, stride: Any, columns: Any, factor: Any
+    typingctx: Any, out: Any, weights: Any, indices: Any, count: Any, rows: Any, stride: Any, columns: Any
 ) -> Any:
-    """Set ``out = factor * sum over n of weights[n] rows[indices[n]]``; two sums, of even and of odd n."""
+    """Add ``sum over n < count of weights[n] rows[indices[n]]`` to out; two sums, of even and of odd n."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        target, numbers, places, total, matrix, row_stride, width, scalar = args
+        target, numbers, places, total, matrix, row_stride, width = args
         vectors = _Vectors(builder, out)
 
         def tile(c: ir.Value, size: int) -> None:
             load, store = (vectors.load, vectors.store) if size > 1 else (vectors.load_one, vectors.store_one)
             parts = [builder.add(c, cgutils.intp_t(part)) for part in range(0, size, vectors.count)]
-            sums = [_variables(builder, [vectors.constant(0.0)] * len(parts)) for _ in range(2)]
+            before = [load(vectors.at(target, part)) for part in parts]
+            sums = [_variables(builder, start) for start in (before, [vectors.constant(0.0)] * len(parts))]
 
             def add(n: ir.Value, slots: list[ir.Value]) -> None:
                 row = builder.sext(builder.load(_at(builder, places, n)), cgutils.intp_t)
-                start, weight = (
-                    vectors.at(matrix, builder.mul(row, row_stride)),
-                    vectors.load_scalar(vectors.at(numbers, n)),
-                )
+                start = vectors.at(matrix, builder.mul(row, row_stride))
+                weight = vectors.load_scalar(vectors.at(numbers, n))
                 values = [load(vectors.at(start, part)) for part in parts]
                 pairs = zip(values, _current(builder, slots), strict=True)
                 _assign(builder, slots, [vectors.multiply_add(weight, *pair) for pair in pairs])
@@ -265,9 +275,9 @@ def add_chosen_rows(
 
             _in_blocks(builder, total, (2, 1), some)
             for part, even, odd in zip(parts, *(_current(builder, slots) for slots in sums), strict=True):
-                store(builder.fmul(builder.fadd(even, odd), vectors.splat(scalar)), vectors.at(target, part))
+                store(builder.fadd(even, odd), vectors.at(target, part))
 
         _in_blocks(builder, width, (4 * vectors.count, vectors.count, 1), tile)
         return context.get_dummy_value()
 
-    return types.void(out, out, indices, types.intp, rows, types.intp, types.intp, factor), codegen
+    return types.void(out, out, indices, types.intp, rows, types.intp, types.intp), codegen

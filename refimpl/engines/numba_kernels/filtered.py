@@ -35,6 +35,7 @@ from .polynomials import full_width, maximum, span
 from .vector import offset, pointer
 
 ROWS = 16  # queries of a work item: keys pass through the nearest cache once for so many
+VALUES = 256  # keys whose values stay in the nearest cache until all queries of an item have met them
 
 CODES = types.Array(types.int8, 4, "A", readonly=True)
 BYTES = types.Array(types.uint8, 1, "C")
@@ -123,6 +124,7 @@ def _pack_panels(k_codes, nearest, panels, rows, first, last):
     for item in range(first, last):
         head, panel = item // per_head, item % per_head
         b, h, start = head // H, head % H, panel * PANEL
+        span(panels, item * words * PANEL * WORD, words * PANEL * WORD)[:] = 0
         for t in range(start, min(start + PANEL, Tk)):
             row, line = _row(k_codes, b, h, t), span(rows, (head * Tk + t) * width, width)
             lane = span(panels, (item * words * PANEL + t - start) * WORD, 0)
@@ -130,6 +132,7 @@ def _pack_panels(k_codes, nearest, panels, rows, first, last):
                 code = np.int32(row[d])
                 line[d] = np.uint8(code + 128)
                 lane[d // WORD * PANEL * WORD + d % WORD] = np.uint8(upper_nibble(code, nearest) + 8)
+            line[D:] = 0
 
 
 @any_strides(CODES, types.boolean, BYTES, BYTES, types.intp, types.intp)
@@ -137,22 +140,29 @@ def _kernel_pack(k_codes, nearest, panels, rows, items, parts):
     share(_pack_panels, (k_codes, nearest, panels, rows), items, parts)
 
 
-def packed(k_codes, nearest, parts):
+def packed(k_codes, nearest, parts, empty):
     """The panels of upper nibbles and the rows of codes of k_codes (B, Hkv, Tk, D), without sign."""
     B, H, Tk, D = k_codes.shape
     items = B * H * -(-Tk // PANEL)
-    panels = np.zeros(items * -(-D // WORD) * PANEL * WORD, np.uint8)
-    rows = np.zeros(B * H * Tk * -(-D // LINE) * LINE, np.uint8)
+    panels = empty((items * -(-D // WORD) * PANEL * WORD,), np.uint8)
+    rows = empty((B * H * Tk * -(-D // LINE) * LINE,), np.uint8)
     _kernel_pack(k_codes, nearest, panels, rows, items, min(items, parts))
     return panels, rows
 
 
-def dense_rows(x, queries):
+def dense_rows(x, queries, empty):
     """x (B, H, T, D), copied if its rows are apart and meet many queries.
 
-    Rows of heads that lie side by side in memory, a power of two apart, fall into few sets of a cache.
+    Rows of heads that lie side by side in memory, a power of two apart, fall into few sets of a cache; and vectors that
+    do not start on a cache line take two of them.
     """
-    return layout.readable(x) if queries <= layout.FEW_ROWS else np.ascontiguousarray(x)
+    if queries <= layout.FEW_ROWS:
+        return layout.readable(x)
+    if x.flags.c_contiguous and x.ctypes.data % LINE == 0:
+        return x
+    copy = empty(x.shape, x.dtype)
+    copy[...] = x
+    return copy
 
 
 def steps_and_margins(q_scale, k_scale, thresholds, scale):
@@ -207,21 +217,59 @@ def _kept(estimates, margin, indices):
 
 
 @njit(**STEP)
+def _add_values(out, weights, indices, counts, done, stride, values, value_stride, Dv, Tk):
+    """Add weighted values to out (ROWS * Dv,), `VALUES` keys at a time, which the rows of an item meet in turn."""
+    done[:] = 0
+    for end in range(VALUES, Tk + VALUES, VALUES):
+        for r in range(counts.size):
+            first, places = done[r], span(indices, r * stride, counts[r])
+            last = first
+            while last < counts[r] and places[last] < end:
+                last += 1
+            if last > first:
+                start = r * stride + first
+                add_chosen_rows(
+                    offset(_first(out), r * Dv), offset(_first(weights), start), offset(_first(indices), start),
+                    last - first, values, value_stride, Dv,
+                )  # fmt: skip
+            done[r] = last
+
+
+@njit(**STEP)
+def _score_codes(logits, indices, count, q_codes, b, h, i, codes, of_keys, lines, step):
+    """Set the logits of kept keys to ``step (q . k of the codes)``."""
+    row, bias = _row(q_codes, b, h, i), np.int32(0)
+    for d in range(q_codes.shape[3]):
+        codes[d] = row[d]
+        bias += np.int32(128) * np.int32(row[d])
+    dot_chosen_codes(logits, indices, count, _first(codes), of_keys, lines, np.int32(bias), step)
+
+
+@njit(**STEP)
+def _score_rows(logits, indices, count, q, b, h, i, scaled, k, g, scale):
+    """Set the logits of kept keys to ``scale q . k``."""
+    row = _row(q, b, h, i)
+    for d in range(q.shape[3]):
+        scaled[d] = row[d] * scale
+    dot_chosen_rows(logits, indices, count, _first(scaled), _row(k, b, g, 0), k.strides[2] // k.itemsize, q.shape[3])
+
+
+@njit(**STEP)
 def _filter_items(
     q, k, v, q_codes, panels, code_rows, steps, margins, nearest, exact, scale, causal, masked, mask, out, counts,
     first, last,
 ):  # fmt: skip
-    (H, Tq, D), (Hkv, Tk), Dv = q.shape[1:], k.shape[1:3], v.shape[3]
+    (H, Tq, D), (Hkv, Tk), Dv, zero = q.shape[1:], k.shape[1:3], v.shape[3], q.dtype.type(0)
     blocks, n_panels = (Tq + ROWS - 1) // ROWS, (Tk + PANEL - 1) // PANEL
     words, lines, stride = (D + WORD - 1) // WORD, (D + LINE - 1) // LINE, n_panels * PANEL + LANES
-    number = q.dtype.type
-    estimates, indices = np.empty(ROWS * stride, np.int32), np.empty(stride, np.int32)
+    estimates, indices = np.empty(ROWS * stride, np.int32), np.empty(ROWS * stride, np.int32)
     nibbles, codes = np.zeros(ROWS * words * WORD, np.int8), np.zeros(lines * LINE, np.int8)
-    logits, scaled = np.empty(stride, q.dtype), np.empty(D, q.dtype)
+    logits, scaled, sums = np.empty(ROWS * stride, q.dtype), np.empty(D, q.dtype), np.empty(ROWS * Dv, q.dtype)
+    totals, done = np.empty(ROWS, q.dtype), np.empty(ROWS, np.int64)
     for item in range(first, last):
         head, start = item // blocks, item % blocks * ROWS
         b, h, rows = head // H, head % H, min(ROWS, Tq - start)
-        g = h // (H // Hkv)
+        g, kept = h // (H // Hkv), span(counts, head * Tq + start, rows)
         for r in range(rows):
             row = _row(q_codes, b, h, start + r)
             for d in range(D):
@@ -229,42 +277,27 @@ def _filter_items(
         reach = min(Tk, max(0, start + rows + Tk - Tq)) if causal else Tk
         keys = offset(_first(panels), (b * Hkv + g) * n_panels * words * PANEL * WORD)
         _estimate(_first(estimates), stride, _first(nibbles), keys, (reach + PANEL - 1) // PANEL, words, rows)
+        of_keys = offset(_first(code_rows), (b * Hkv + g) * Tk * lines * LINE)
         for r in range(rows):
             i = start + r
-            seen = min(Tk, max(0, i + 1 + Tk - Tq)) if causal else Tk
-            of_row = span(estimates, r * stride, seen)
+            of_row = span(estimates, r * stride, min(Tk, max(0, i + 1 + Tk - Tq)) if causal else Tk)
             if masked:
                 _hide(of_row, mask, b, h, i)
-            count = _kept(of_row, margins[b, h], indices)
-            counts[head * Tq + i] = count
-            target = _row(out, b, h, i)
-            if count == 0:
-                for d in range(Dv):
-                    target[d] = 0
-                continue
-            whole = (count + LANES - 1) // LANES * LANES
+            kept[r] = _kept(of_row, margins[b, h], span(indices, r * stride, stride))
+            here, places = offset(_first(logits), r * stride), offset(_first(indices), r * stride)
+            whole = (kept[r] + LANES - 1) // LANES * LANES
             if exact:
-                query = _row(q, b, h, i)
-                for d in range(D):
-                    scaled[d] = query[d] * scale
-                of_keys = _row(k, b, g, 0)
-                dot_chosen_rows(
-                    _first(logits), _first(indices), whole, _first(scaled), of_keys, k.strides[2] // k.itemsize, D
-                )
+                _score_rows(here, places, whole, q, b, h, i, scaled, k, g, scale)
             else:
-                row, bias = _row(q_codes, b, h, i), np.int32(0)
-                for d in range(D):
-                    codes[d] = row[d]
-                    bias += np.int32(128) * np.int32(row[d])
-                of_keys = offset(_first(code_rows), (b * Hkv + g) * Tk * lines * LINE)
-                dot_chosen_codes(
-                    _first(logits), _first(indices), whole, _first(codes), of_keys, lines, np.int32(bias), steps[b, h]
-                )
-            _, total, _ = weigh(span(logits, 0, count), number(-np.inf), number(0))
-            add_chosen_rows(
-                target, _first(logits), _first(indices), count, _row(v, b, g, 0), v.strides[2] // v.itemsize, Dv,
-                number(1) / total,
-            )  # fmt: skip
+                _score_codes(here, places, whole, q_codes, b, h, i, codes, of_keys, lines, steps[b, h])
+            _, totals[r], _ = weigh(span(logits, r * stride, kept[r]), q.dtype.type(-np.inf), zero)
+        sums[:] = 0
+        values, value_stride = _row(v, b, g, 0), v.strides[2] // v.itemsize
+        _add_values(sums, logits, indices, kept, done, stride, values, value_stride, Dv, Tk)
+        for r in range(rows):
+            target, factor = _row(out, b, h, start + r), q.dtype.type(1) / totals[r] if kept[r] else zero
+            for d in range(Dv):
+                target[d] = sums[r * Dv + d] * factor
 
 
 @any_strides(
