@@ -304,7 +304,8 @@ def upper_nibble(xp: Any, codes: Array, nibble: str) -> Array:
     """q^h of int8 codes, from -8 to 7: ``q >> 4``, an arithmetic shift, or the nearest, ``min((q + 8) >> 4, 7)``."""
     wide = xp.astype(codes, xp.int16)
     if nibble == "round":
-        return xp.minimum((wide + 8) >> 4, xp.asarray(7, dtype=xp.int16))
+        nearest = (wide + 8) >> 4
+        return xp.where(nearest > 7, xp.full_like(nearest, 7), nearest)
     return wide >> 4
 
 

@@ -132,7 +132,9 @@ class LatteParameters:
         if self.gamma == 0:
             return (Fraction(1),) * config.layers
         measured = self.thresholds.record.get("kept") if self.thresholds is not None else None
-        rows = self._kept_rows(config) if measured is None else measured
+        if measured is None and isinstance(self.kept, Real):
+            return (_fraction(self.kept),) * config.layers
+        rows = self.kept if measured is None else measured
         return tuple(sum(map(_fraction, row), Fraction(0)) / len(row) for row in rows)
 
     def _kept_rows(self, config: ModelConfig) -> tuple[Row, ...]:

@@ -12,10 +12,12 @@ ours.
 from __future__ import annotations
 
 import time
+from numbers import Real
 from typing import Any
 
 import numpy as np
 
+from refimpl.components import ATTENTION
 from refimpl.config import ModelConfig
 from refimpl.engines.numpy_engine import upper_nibble
 from refimpl.engines.protocol import Array
@@ -63,7 +65,7 @@ def calibrate_thresholds(parameters: LatteParameters, subject: Subject) -> Thres
         "heads": config.heads,
         "nibble": parameters.nibble,
         "source": "quantile",
-        "target_kept": parameters.kept,
+        "target_kept": parameters.kept if isinstance(parameters.kept, Real) else [list(row) for row in parameters.kept],
         "kept": program.kept,
         "stage2": parameters.stage2,
         "samples": len(samples),
@@ -107,8 +109,9 @@ class _Calibration(Latte):
     ) -> tuple[float, ...]:
         spent = time.perf_counter() - self.began_s
         self.progress(f"latte: calibrating layer {layer.index}, {spent:.0f} s", layer.index / self.config.layers)
-        host = at("attention").to_numpy
-        gaps = _Gaps(*map(host, (*queries, *keys)), layer, self.parameters.nibble)
+        host = at(ATTENTION).to_numpy
+        (q, q_scale), (k, k_scale) = ([host(part) for part in parts] for parts in (queries, keys))
+        gaps = _Gaps(q, q_scale, k, k_scale, layer, self.parameters.nibble)
         pairs = [gaps.of_head(head) for head in range(self.config.heads)]
         thetas = [_quantile(each, part) for each, part in zip(pairs, self.target[layer.index], strict=True)]
         self.found.append(thetas)

@@ -27,6 +27,7 @@ PARAMETERS: dict[str, list[dict[str, Any]]] = {
         {"fold": [1, 2, 1, 3], "fold_ffn": 4, "layers": [0, 1, 3], "fused": True},
         {"fold": 1, "fold_ffn": 2, "ffn_hidden": 700},
     ],
+    "latte": [{"kept": 1}, {"gamma": 0.1}, {"gamma": 0.1, "stage2": "float"}],
     "kvsharer": [
         {"layers": 0},
         {"strategy": [[3, 1]]},

@@ -13,6 +13,9 @@ number to all keys of a query, so that no difference changes; from the whole pro
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from numba import njit, types
 
@@ -33,6 +36,8 @@ from .few_rows import MASK, weigh
 from .parallel import STEP, any_strides, read, share, write
 from .polynomials import full_width, maximum, span
 from .vector import offset, pointer
+
+Array = Any
 
 ROWS = 16  # queries of a work item: keys pass through the nearest cache once for so many
 VALUES = 256  # keys whose values stay in the nearest cache until all queries of an item have met them
@@ -140,7 +145,9 @@ def _kernel_pack(k_codes, nearest, panels, rows, items, parts):
     share(_pack_panels, (k_codes, nearest, panels, rows), items, parts)
 
 
-def packed(k_codes, nearest, parts, empty):
+def packed(
+    k_codes: Array, nearest: bool, parts: int, empty: Callable[[tuple[int, ...], Any], Array]
+) -> tuple[Array, Array]:
     """The panels of upper nibbles and the rows of codes of k_codes (B, Hkv, Tk, D), without sign."""
     B, H, Tk, D = k_codes.shape
     items = B * H * -(-Tk // PANEL)
@@ -150,7 +157,7 @@ def packed(k_codes, nearest, parts, empty):
     return panels, rows
 
 
-def dense_rows(x, queries, empty):
+def dense_rows(x: Array, queries: int, empty: Callable[[tuple[int, ...], Any], Array]) -> Array:
     """x (B, H, T, D), copied if its rows are apart and meet many queries.
 
     Rows of heads that lie side by side in memory, a power of two apart, fall into few sets of a cache; and vectors that
@@ -165,7 +172,7 @@ def dense_rows(x, queries, empty):
     return copy
 
 
-def steps_and_margins(q_scale, k_scale, thresholds, scale):
+def steps_and_margins(q_scale: Array, k_scale: Array, thresholds: Array, scale: float) -> tuple[Array, Array]:
     """``scale sigma_q sigma_k`` of each head (B, H) in float64, and by how much estimates may lie below the largest."""
     group = q_scale.shape[1] // k_scale.shape[1]
     sigma_k = np.repeat(k_scale, group, axis=1)
