@@ -25,7 +25,7 @@ from refimpl.engines import ENGINES
 from refimpl.engines import engine as get_engine
 from refimpl.engines.protocol import Engine
 from refimpl.inputs import random_inputs
-from refimpl.model import Run, Runner
+from refimpl.model import Prepared, Run, Runner
 from refimpl.recorder import Call
 from refimpl.weights import load_model
 
@@ -37,6 +37,8 @@ Key = tuple[str, tuple[tuple[str, int], ...]]  # op and sizes
 
 # What each model is run under: the methods whose ops most others share, and in some cells one with ops of its own.
 METHODS: tuple[tuple[str, dict[str, Any]], ...] = (("dense", {}), ("flash", {}), ("reuse", {"groups": [[0, 1]]}))
+# With a part of pairs that is far from the usual one, too, so that kept pairs and visible ones are told apart.
+FILTERED = (*METHODS, ("latte", {}), ("latte", {"kept": 0.5}))
 IN_HALVES = (*METHODS, ("efficientasr", {"group": 1, "ffn_chunks": 2}))
 WITH_HEAD = (*METHODS, ("svd-softmax", {"decomposition": "gram"}))
 IN_QUARTERS = (*METHODS, ("efficientasr", {"group": 1, "ffn_chunks": 4}))
@@ -84,20 +86,20 @@ CELLS = (
     Cell(_model("conformer", 320, 5, 1280), 640),
     Cell(_model("conformer", 144, 3, 576), 1700),
     Cell(_model("conformer", 240, 4, 960), 340, batch=2, methods=IN_QUARTERS),
-    Cell(_model("post-norm", 320, 10, 1280), 60),
+    Cell(_model("post-norm", 320, 10, 1280), 60, methods=FILTERED),
     Cell(_model("post-norm", 640, 10, 2560), 420, methods=IN_HALVES),
     Cell(_model("post-norm", 288, 9, 1152), 200, batch=3),
-    Cell(_model("post-norm", 448, 14, 1792), 1100),
+    Cell(_model("post-norm", 448, 14, 1792), 1100, methods=FILTERED),
     Cell(_model("pre-norm", 320, 5, 1280), 1250, methods=IN_HALVES),
     Cell(_model("pre-norm", 480, 8, 1920), 160, methods=IN_QUARTERS),
-    Cell(_model("pre-norm", 192, 3, 768), 2300),
-    Cell(_model("patches", 272, 4, 1088), 210),
-    Cell(_model("decoder", 544, 8, 1408, kv_heads=2), 330),
+    Cell(_model("pre-norm", 192, 3, 768), 2300, methods=FILTERED),
+    Cell(_model("patches", 272, 4, 1088), 210, methods=FILTERED),
+    Cell(_model("decoder", 544, 8, 1408, kv_heads=2), 330, methods=FILTERED),
     Cell(_model("decoder", 192, 3, 576), 1400, methods=WITH_HEAD),
-    Cell(_model("decoder", 448, 7, 1216), 900, methods=WITH_HEAD),
+    Cell(_model("decoder", 448, 7, 1216), 900, methods=(*WITH_HEAD, *FILTERED[len(METHODS) :])),
     Cell(_model("decoder", 720, 6, 2016, kv_heads=3, activation="gelu_tanh", gated=False), 60),
     Cell(_model("decoder", 544, 8, 1408, kv_heads=2), kv_len=330, methods=IN_QUARTERS),
-    Cell(_model("decoder", 192, 3, 576), kv_len=1400, methods=WITH_HEAD),
+    Cell(_model("decoder", 192, 3, 576), kv_len=1400, methods=(*WITH_HEAD, *FILTERED[len(METHODS) :])),
     Cell(
         _model("decoder", 720, 6, 2016, kv_heads=3, activation="gelu_tanh", gated=False),
         kv_len=90,
@@ -160,8 +162,7 @@ class _Run:
     """One cell under one method, and what was seen of it."""
 
     cell: Cell
-    method: str
-    params: dict[str, Any]
+    ready: Prepared
     runner: Runner
     inputs: Any
     dtype: str
@@ -172,14 +173,14 @@ class _Run:
         """One pass; a step of decoding is one of several, so another one goes before it."""
         if self.cache is not None and self.cell.kv_len:
             self.cache.truncate(self.cell.kv_len)
-            self.runner(self.inputs, self.method, self.params, cache=self.cache, record=False)
+            self.runner(self.inputs, self.ready, cache=self.cache, record=False)
         if self.cache is not None:
             self.cache.truncate(self.cell.kv_len)
-        return self.runner(self.inputs, self.method, self.params, cache=self.cache)
+        return self.runner(self.inputs, self.ready, cache=self.cache)
 
     def summary(self) -> Pass:
         """The closed form with the medians over all passes."""
-        cost = estimate(self.method, self.cell.config, self.cell.workload(self.dtype), self.params)
+        cost = estimate(self.ready.method, self.cell.config, self.cell.workload(self.dtype), self.ready.parameters)
         total_s = float(np.median([one.seconds for one in self.passes]))
         return Pass(cost, list(_samples([one.calls for one in self.passes])), total_s)
 
@@ -204,18 +205,20 @@ def _runs(ops: Engine, dtype: str) -> Iterator[_Run]:
     for cell in CELLS:
         runner = Runner(load_model(cell.config, dtype=dtype), ops)
         inputs = random_inputs(cell.config, cell.seq, cell.batch, dtype=dtype)
+        past = random_inputs(cell.config, cell.kv_len, cell.batch, dtype=dtype) if cell.kv_len else inputs
         for method, params in cell.methods:
-            yield _Run(cell, method, params, runner, inputs, dtype, _cache(cell, method, params, runner))
+            ready = runner.prepare(method, params, past)
+            yield _Run(cell, ready, runner, inputs, dtype, _cache(cell, ready, runner))
 
 
-def _cache(cell: Cell, method: str, params: dict[str, Any], runner: Runner) -> Cache | None:
+def _cache(cell: Cell, ready: Prepared, runner: Runner) -> Cache | None:
     """The cache that a pass of this cell fills or continues."""
     if not cell.workload().fills_cache:
         return None
-    cache = runner.new_cache(cell.kv_len + cell.seq, method, params, cell.batch)
+    cache = runner.new_cache(cell.kv_len + cell.seq, ready, batch=cell.batch)
     if cell.kv_len:
         ids = random_inputs(cell.config, cell.kv_len, cell.batch)
-        runner(ids, method, params, cache=cache, record=False)
+        runner(ids, ready, cache=cache, record=False)
     return cache
 
 

@@ -35,6 +35,7 @@ HALVES: dict[str, tuple[str, ...]] = {
     "scores": ("q_len", "k_len", "head_dim"),
     "weighted_sum": ("q_len", "k_len", "head_dim"),
     "attention": ("q_len", "k_len", "head_dim"),
+    "filtered_attention": ("q_len", "k_len", "head_dim"),
     "relative_attention": ("length", "head_dim"),
     "refine": ("n", "d_in"),
 }

@@ -47,6 +47,13 @@ def fused(s: Setting) -> list[Quantity]:
     return [BESIDE_ATTENTION[s.config.recipe] * hidden(s) + _projections(s) + keys + _context(s) + hidden(s)]
 
 
+def filtering(s: Setting) -> list[Quantity]:
+    """Attention over filtered keys: the op beside the codes, four to an element of float32; the output projection."""
+    (output,) = fused(s)
+    codes = (s.rows * s.config.d_attention + s.B * s.S * s.config.d_kv) // 4
+    return [output, output - hidden(s) + codes]
+
+
 def reusing(s: Setting) -> Quantity:
     """Attention that takes a map, beside that map: values, context and output."""
     return BESIDE_ATTENTION[s.config.recipe] * hidden(s) + s.rows * s.config.d_kv + _context(s) + hidden(s)

@@ -16,6 +16,8 @@ from typing import Any
 Quantity = Any  # int, NumPy array of ints, or SymPy expression
 INDEX_BYTES = 8  # token ids are int64
 MASK_BYTES = 1  # masks are bool
+CODE_BYTES = 1  # codes are int8
+THRESHOLD_BYTES = COUNT_BYTES = 8  # thresholds are float64, counts int64
 
 
 @dataclass(frozen=True)
@@ -230,6 +232,31 @@ def _refine(b: int, rows: Quantity, n: Quantity, d_in: Quantity, replace: int) -
     )
 
 
+def _quantize(b: int, maps: Quantity, elements: Quantity) -> Cost:
+    return Cost(
+        vector_flops=4 * elements + maps,  # absolute value, maximum, division, rounding; sigma
+        activation_bytes=elements * b,
+        bytes_written=elements * CODE_BYTES + maps * b,
+    )
+
+
+def _filtered_attention(
+    b: int, maps: Quantity, kv_maps: Quantity, q_len: Quantity, k_len: Quantity, head_dim: Quantity, causal: int,
+    mask: Quantity, heads: Quantity, exact: int, kept: Quantity,
+) -> Cost:  # fmt: skip
+    pairs = maps * visible_pairs(q_len, k_len, causal)
+    queries, keys = maps * q_len * head_dim, kv_maps * k_len * head_dim
+    return Cost(
+        matmul_flops=2 * pairs * head_dim + 4 * kept * head_dim,  # estimates; kept scores and values
+        # The row maximum; of kept pairs max, -, exp, sum and the scale, which is on q where the scores are of floats;
+        # division of the output. The margin: 5 a map, and the subtraction of each row.
+        vector_flops=pairs + (5 - exact) * kept + (1 + exact) * queries + maps * (q_len + 5),
+        activation_bytes=(CODE_BYTES + exact * b) * queries + maps * b + heads * THRESHOLD_BYTES + mask * MASK_BYTES,
+        kv_bytes=(CODE_BYTES + (1 + exact) * b) * keys + kv_maps * b,  # all keys and values: any may be kept
+        bytes_written=queries * b + maps * COUNT_BYTES,
+    )
+
+
 FORMULAS: dict[str, Callable[..., Cost]] = {
     "linear": _linear,
     "project": _linear,
@@ -258,6 +285,8 @@ FORMULAS: dict[str, Callable[..., Cost]] = {
     "relative_attention": _relative_attention,
     "top": _top,
     "refine": _refine,
+    "quantize": _quantize,
+    "filtered_attention": _filtered_attention,
 }
 
 

@@ -96,7 +96,12 @@ def kind_of(op: str, sizes: Mapping[str, Quantity]) -> str:
     """
     if op in ("linear", "project", "block_linear") and np.max(sizes["rows"]) <= FEW_ROWS:
         return f"{op}, few rows"
-    if op in ("scores", "weighted_sum", "attention"):  # queries that share keys are rows of one product
+    if op in (
+        "scores",
+        "weighted_sum",
+        "attention",
+        "filtered_attention",
+    ):  # queries that share keys are rows of one product
         sharing = sizes["maps"] // sizes["kv_maps"] * sizes["q_len"]
         if np.max(sharing) <= FEW_ROWS:
             return f"{op}, few queries"

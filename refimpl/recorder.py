@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-from refimpl.engines.protocol import SIZES, Engine
+from refimpl.engines.protocol import OUTCOMES, SIZES, Array, Engine
 
 At = Callable[[str], Engine]  # component -> the engine, whose calls count for that component
 
@@ -30,7 +30,7 @@ class Recorder:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._marks: list[tuple[str, str, tuple[tuple[str, int], ...], Any, Any]] = []
+        self._marks: list[tuple[str, str, dict[str, int], dict[str, Array], Any, Any]] = []
         self._bound: dict[str, Engine] = {}
 
     def at(self, component: str) -> Engine:
@@ -41,12 +41,22 @@ class Recorder:
 
     def calls(self) -> list[Call]:
         """What ran, in order; waits for the device."""
-        elapsed = self.engine.elapsed_s
-        return [Call(component, op, sizes, elapsed(*marks)) for component, op, sizes, *marks in self._marks]
+        elapsed, host = self.engine.elapsed_s, self.engine.to_numpy
+        return [
+            Call(
+                component,
+                op,
+                (*sizes.items(), *((name, int(host(array).sum())) for name, array in outcomes.items())),
+                elapsed(*marks),
+            )
+            for component, op, sizes, outcomes, *marks in self._marks
+        ]
 
-    def note(self, component: str, op: str, sizes: dict[str, int], start: Any, stop: Any) -> None:
-        """Add one executed op."""
-        self._marks.append((component, op, tuple(sizes.items()), start, stop))
+    def note(
+        self, component: str, op: str, sizes: dict[str, int], outcomes: dict[str, Array], start: Any, stop: Any
+    ) -> None:
+        """Add one executed op; `outcomes` are arrays whose sums are sizes."""
+        self._marks.append((component, op, sizes, outcomes, start, stop))
 
 
 class _Recorded:
@@ -61,13 +71,14 @@ class _Recorded:
         function, mark = getattr(recorder.engine, op), recorder.engine.mark
         if op not in SIZES:
             return function
-        sizes_of = SIZES[op]
+        sizes_of, outcomes_of = SIZES[op], OUTCOMES.get(op)
 
         def recorded(*args: Any, **kwargs: Any) -> Any:
             start = mark()
             result = function(*args, **kwargs)
             stop = mark()
-            recorder.note(component, op, sizes_of(*args, **kwargs), start, stop)
+            outcomes = outcomes_of(result) if outcomes_of else {}
+            recorder.note(component, op, sizes_of(*args, **kwargs), outcomes, start, stop)
             return result
 
         setattr(self, op, recorded)

@@ -4,6 +4,9 @@
 part in arithmetic, a gather, a concatenation or a selection is marked in a shadow of the operand, so bytes read are the
 elements used, each once. Bytes written are the elements of the result, or
 those that were set where it was built by parts.
+
+One op is not audited as the engine computes it, since the engine's plain equation computes all scores and hides those
+that are filtered: `filtered_rows` is the same row by row on kept keys alone, and its result must be that of the engine.
 """
 
 from __future__ import annotations
@@ -15,12 +18,12 @@ from typing import Any
 import numpy as np
 
 from costmodel.ops import FORMULAS
-from refimpl.engines.numpy_engine import NumpyEngine
-from refimpl.engines.protocol import SIZES
+from refimpl.engines.numpy_engine import NumpyEngine, upper_nibble
+from refimpl.engines.protocol import OUTCOMES, SIZES
 
 FREE = {  # selections and comparisons cost no FLOP
     "equal", "not_equal", "less", "greater", "less_equal", "greater_equal", "isfinite", "isnan", "logical_or",
-    "logical_and", "logical_not",
+    "bitwise_and", "logical_and", "logical_not",
 }  # fmt: skip
 
 IN_PLACE = ("append", "refine")  # ops that write into their first operand
@@ -160,7 +163,11 @@ def audit(op: str, *args: Any, **kwargs: Any) -> Any:
     watched_kwargs = {name: _watch(x, ledger) for name, x in kwargs.items()}
     if op in IN_PLACE:
         ledger.written[_address(watched[0])] = 0
-    result = getattr(engine, op)(*watched, **watched_kwargs)
+    if op == "filtered_attention":
+        result = filtered_rows(ledger, *watched, **watched_kwargs)
+        _assert_same(result, NumpyEngine().filtered_attention(*args, **kwargs))
+    else:
+        result = getattr(engine, op)(*watched, **watched_kwargs)
     parts = result if isinstance(result, tuple) else (result,)
     if op in IN_PLACE:
         (elements,) = ledger.written.values()
@@ -173,13 +180,70 @@ def audit(op: str, *args: Any, **kwargs: Any) -> Any:
         "bytes_read": ledger.bytes_read,
         "bytes_written": bytes_written,
     }
-    sizes = SIZES[op](*args, **kwargs)
+    sizes = sizes_of(op, result, *args, **kwargs)
     cost = FORMULAS[op](itemsize, **sizes)
-    assert {name: getattr(cost, name) for name in counted} == counted, f"{op} {sizes}"
+    found = {name: getattr(cost, name) for name in counted}
+    assert found == counted, f"{op} {sizes}: the formula has {found}, counted was {counted}"
     if op in IN_PLACE:  # once more, on the caller's own operand
         return getattr(NumpyEngine(), op)(*args, **kwargs)
     plain = tuple(np.array(part) for part in parts)
     return plain if isinstance(result, tuple) else plain[0]
+
+
+def sizes_of(op: str, result: Any, *args: Any, **kwargs: Any) -> dict[str, int]:
+    """The sizes that arguments and result tell, as a recorder notes them."""
+    outcomes = OUTCOMES[op](result) if op in OUTCOMES else {}
+    return SIZES[op](*args, **kwargs) | {name: int(np.asarray(array).sum()) for name, array in outcomes.items()}
+
+
+def filtered_rows(
+    ledger: Ledger, q: Any, k: Any, v: Any, q_codes: Any, k_codes: Any, q_scale: Any, k_scale: Any, thresholds: Any,
+    scale: float, causal: bool = False, mask: Any = None, nibble: str = "floor", stage2: str = "int8",
+) -> tuple[Any, Any]:  # fmt: skip
+    """`filtered_attention` row by row, of which every step is counted; taking the nibble of a code is free."""
+    (batch, heads, q_len, width), k_len, group = q.shape, k.shape[2], q.shape[1] // k.shape[1]
+    plain = [np.asarray(x).astype(np.float64) for x in (q_codes, k_codes)]
+    wide_q, wide_k = (_counted(x, ledger) for x in plain)
+    high_q, high_k = (
+        _counted(upper_nibble(np, np.asarray(x), nibble).astype(float), ledger) for x in (q_codes, k_codes)
+    )
+    context, kept = np.zeros((batch, heads, q_len, width), q.dtype), np.zeros((batch, heads), np.int64)
+    for operand in (q_codes, k_codes, v):  # any value may be kept
+        ledger.touch(operand)
+    if stage2 == "float":
+        ledger.touch(q)
+        ledger.touch(k)
+    for b, h in np.ndindex(batch, heads):
+        of_keys = (b % len(k), h // group)
+        step = scale * q_scale[b, h, 0] * k_scale[of_keys][0]  # (1,): numbers would not be counted
+        margin = np.floor(thresholds[h : h + 1] / (256.0 * step))
+        for i in range(q_len):
+            seen = max(0, min(k_len, i + 1 + k_len - q_len)) if causal else k_len
+            estimates = high_k[of_keys][:seen] @ high_q[b, h, i]  # (seen,)
+            if mask is not None:
+                part = mask[b % mask.shape[0], h % mask.shape[1], i % mask.shape[2]][: seen if mask.shape[3] > 1 else 1]
+                estimates = np.where(part, estimates, -np.inf)
+            largest = np.max(estimates) if seen else _counted(-np.inf, ledger)
+            least = largest - margin
+            (keys,) = np.nonzero(np.asarray((estimates >= least) & (np.asarray(estimates) > -np.inf)))
+            out = _counted(np.zeros(width), ledger)
+            query = q[b, h, i] * scale if stage2 == "float" else wide_q[b, h, i]
+            total: Any = 1.0
+            if keys.size:
+                of_kept = (k if stage2 == "float" else wide_k)[of_keys][keys]
+                logits = of_kept @ query  # (kept,)
+                logits = logits if stage2 == "float" else logits * step
+                weights = np.exp(logits - np.max(logits))
+                total, out = np.sum(weights), weights @ v[of_keys][keys]
+            context[b, h, i] = out / total
+            kept[b, h] += keys.size
+    return context, kept
+
+
+def _assert_same(ours: tuple[Any, Any], theirs: tuple[Any, Any]) -> None:
+    np.testing.assert_array_equal(ours[1], theirs[1])
+    eps = np.finfo(theirs[0].dtype).eps  # some hundred roundings of numbers that large
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=100 * eps, atol=100 * eps * np.abs(theirs[0]).max(initial=0))
 
 
 def _written(part: np.ndarray, ledger: Ledger) -> int:

@@ -220,6 +220,8 @@ class HostCupy(types.ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         found = getattr(np, name)
+        if isinstance(found, type):  # a dtype
+            return found
 
         def wrapped(*args, **kwargs):
             result = found(*args, **kwargs)

@@ -158,6 +158,21 @@ def divisors(*sizes: int) -> list[int]:
 
 
 @st.composite
+def latte_parameters(draw: Any, config: ModelConfig) -> dict[str, Any]:
+    """Any parameters of latte, with nothing left to calibrate; models with relative positions have none that fit."""
+    theta = st.none() | st.floats(0, 4) | st.integers(0, 3)
+    rows = st.lists(theta, min_size=config.heads, max_size=config.heads)
+    given: dict[str, Any] = {
+        "nibble": draw(st.sampled_from(["floor", "round"])),
+        "stage2": draw(st.sampled_from(["int8", "float"])),
+    }
+    off: list[dict[str, Any]] = [{"kept": 1}, {"gamma": 0}]
+    thresholds = st.lists(rows, min_size=config.layers, max_size=config.layers).map(lambda t: {"thresholds": t})
+    gamma = st.floats(0, 1).map(lambda gamma: {"gamma": gamma})
+    return given | draw(st.sampled_from(off) | thresholds | gamma)
+
+
+@st.composite
 def kvsharer_parameters(draw: Any, config: ModelConfig) -> dict[str, Any]:
     """Any strategy of kvsharer that fits the model; chains among its pairs, and none at all."""
     shared = draw(st.permutations(sorted(draw(st.sets(st.integers(1, max(config.layers - 1, 1)))))))
@@ -228,6 +243,7 @@ PARAMETERS = {
     "reuse": reuse_parameters,
     "folding": folding_parameters,
     "svd-softmax": svd_softmax_parameters,
+    "latte": latte_parameters,
     "kvsharer": kvsharer_parameters,
     "headshare": headshare_parameters,
     "efficientasr": efficientasr_parameters,

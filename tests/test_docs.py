@@ -194,6 +194,7 @@ def test_formula_tables_equal_the_cost_model(what: str, rows: list[list[str]]) -
         )  # fmt: skip
         sizes = {"P": reused, "W": letters["W"], "n": letters["n"]}
         params = {name: sizes[value] if value in sizes else constant(value) for name, value in given.items()}
+        letters |= {"rho": sympy.nsimplify(params.get("kept", 1))}  # the part of pairs that latte keeps
         ops = ops_of_layer(method, config, Workload(T, B, causal=causal), params, layer, only)
         steps = [row for row in rows if not row[0].startswith("total")]
         assert [(row[0], row[1]) for row in steps] == [(op.component, named(op)) for op in ops]

@@ -16,7 +16,17 @@ from typing import Any
 import numpy as np
 
 from refimpl.engines.buffers import Buffers
-from refimpl.engines.numba_kernels import check, convolution, elementwise, few_rows, layout, rows, selection, threads
+from refimpl.engines.numba_kernels import (
+    check,
+    convolution,
+    elementwise,
+    few_rows,
+    filtered,
+    layout,
+    rows,
+    selection,
+    threads,
+)
 from refimpl.engines.numba_kernels.attention import fused_attention, fused_relative_attention
 from refimpl.errors import ShapeError
 
@@ -351,6 +361,58 @@ class NumbaEngine:
         k, v = layout.batched(k, q), layout.batched(v, q)
         out = self._heads(q, v.shape[3])
         return fused_relative_attention(q, q_position, k, v, p, scale, causal, mask, out)
+
+    def quantize(self, x: Array) -> tuple[Array, Array]:
+        check.expect("quantize", "x (B, H, T, D)", x.ndim == 4, x=x)
+        codes = self.buffers.empty(x.shape, np.int8)
+        sigmas = np.ones((*x.shape[:2], 1, 1), x.dtype)
+        if x.size:
+            parts = layout.count(x.shape[0] * x.shape[1], x.size)
+            tiny = np.finfo(x.dtype).smallest_normal
+            filtered.kernel_quantize(layout.readable(x), codes.reshape(-1), sigmas, tiny, parts)
+        return codes, sigmas
+
+    def filtered_attention(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        q_codes: Array,
+        k_codes: Array,
+        q_scale: Array,
+        k_scale: Array,
+        thresholds: Array,
+        scale: float,
+        causal: bool = False,
+        mask: Array | None = None,
+        nibble: str = "floor",
+        stage2: str = "int8",
+    ) -> tuple[Array, Array]:
+        check.heads("filtered_attention", q, k, v)
+        check.mask("filtered_attention", mask, q, k)
+        check.codes("filtered_attention", q_codes, q_scale, q)
+        check.codes("filtered_attention", k_codes, k_scale, k)
+        check.filter("filtered_attention", thresholds, q.shape[1], scale, nibble, stage2)
+        out, counts = self._heads(q, v.shape[3]), np.zeros(math.prod(q.shape[:3]), np.int64)
+        if out.size and k.shape[2]:
+            steps, margins = filtered.steps_and_margins(q_scale, k_scale, thresholds, scale)
+            k, v, k_codes = (
+                filtered.dense_rows(layout.batched(x, q), q.shape[2], self.buffers.empty) for x in (k, v, k_codes)
+            )
+            q, q_codes = layout.readable(q), layout.readable(q_codes)
+            elements = counts.size * k.shape[2]
+            panels, rows = filtered.packed(
+                k_codes, nibble == "round", layout.count(layout.MOST_PARTS, k.size), self.buffers.empty
+            )
+            seen = np.broadcast_to(np.ones((1, 1, 1, 1), bool) if mask is None else mask, (*q.shape[:3], k.shape[2]))
+            items = math.prod(q.shape[:2]) * -(-q.shape[2] // filtered.ROWS)
+            filtered.kernel_filtered(
+                q, k, v, q_codes, panels, rows, steps, margins, nibble == "round", stage2 == "float", float(scale),
+                bool(causal), mask is not None, seen, out, counts, layout.count(items, elements),
+            )  # fmt: skip
+        else:
+            out[...] = 0
+        return out, counts.reshape(q.shape[:3]).sum(axis=2)
 
     # --- selection ------------------------------------------------------------------------------------------
 

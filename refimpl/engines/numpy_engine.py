@@ -232,6 +232,44 @@ class NumpyEngine:
             out[:, :, row, :] = self._mix(e, v[:, :, :seen, :]) / total
         return out
 
+    def quantize(self, x: Array) -> tuple[Array, Array]:
+        xp, tiny = self.xp, self.xp.finfo(x.dtype).smallest_normal
+        if x.size == 0:
+            return xp.zeros(x.shape, dtype=xp.int8), xp.ones((*x.shape[:2], 1, 1), dtype=x.dtype)
+        sigma = xp.max(xp.abs(x), axis=(2, 3), keepdims=True) / 127.0  # (B, H, 1, 1)
+        sigma = xp.where(sigma < tiny, xp.ones_like(sigma), sigma)
+        with np.errstate(invalid="ignore"):  # in a head that is not finite
+            codes = xp.where(xp.isfinite(sigma), xp.round(x / sigma), xp.zeros_like(sigma))
+        return xp.astype(codes, xp.int8), sigma
+
+    def filtered_attention(
+        self, q: Array, k: Array, v: Array, q_codes: Array, k_codes: Array, q_scale: Array, k_scale: Array,
+        thresholds: Array, scale: float, causal: bool = False, mask: Array | None = None, nibble: str = "floor",
+        stage2: str = "int8",
+    ) -> tuple[Array, Array]:  # fmt: skip
+        xp, wide = self.xp, self.xp.float64  # whole numbers below 2^53 are exact in it
+        sigma_k = xp.repeat(k_scale, q.shape[1] // k.shape[1], axis=1)
+        step = scale * xp.astype(q_scale, wide) * xp.astype(sigma_k, wide)  # (B, H, 1, 1)
+        high_q, high_k = (xp.astype(upper_nibble(xp, x, nibble), wide) for x in (q_codes, k_codes))
+        estimates = self.scores(high_q, high_k, 1.0, causal, mask)  # (B, H, Tq, Tk)
+        with np.errstate(invalid="ignore"):  # in a head that is not finite
+            keep = self._near_the_maximum(estimates, xp.reshape(thresholds, (1, -1, 1, 1)) / (256.0 * step))
+            if stage2 == "float":
+                s = self.scores(q, k, scale, causal, mask)
+            else:
+                s = step * self.scores(xp.astype(q_codes, wide), xp.astype(k_codes, wide), 1.0, causal, mask)
+        s = xp.where(keep, xp.astype(s, q.dtype), xp.full((1, 1, 1, 1), -math.inf, dtype=q.dtype))
+        context = self.weighted_sum(self.softmax(s, causal), v, causal)
+        return context, xp.sum(xp.astype(keep, xp.int64), axis=(2, 3))
+
+    def _near_the_maximum(self, estimates: Array, margin: Array) -> Array:
+        """Where whole numbers are at most `margin` (B, H, 1, 1) below the maximum of their row, and not -inf."""
+        if estimates.shape[-1] == 0:
+            return estimates > 0.0
+        margin = self.xp.where(self.xp.isfinite(margin), margin, self.xp.full_like(margin, math.inf))
+        least = self.xp.max(estimates, axis=-1, keepdims=True) - self.xp.floor(margin)
+        return (estimates >= least) & (estimates > -math.inf)
+
     # --- selection ----------------------------------------------------------------------------------------------
 
     def top(self, z: Array, n: int) -> Array:
@@ -282,6 +320,15 @@ class NumpyEngine:
 
     def _hide(self, s: Array, mask: Array) -> Array:
         return self.xp.where(mask, s, self.xp.full((1, 1, 1, 1), -math.inf, dtype=s.dtype))
+
+
+def upper_nibble(xp: Any, codes: Array, nibble: str) -> Array:
+    """q^h of int8 codes, from -8 to 7: ``q >> 4``, an arithmetic shift, or the nearest, ``min((q + 8) >> 4, 7)``."""
+    wide = xp.astype(codes, xp.int16)
+    if nibble == "round":
+        nearest = (wide + 8) >> 4
+        return xp.where(nearest > 7, xp.full_like(nearest, 7), nearest)
+    return wide >> 4
 
 
 def visible_keys(q_len: int, k_len: int) -> Iterator[tuple[int, int]]:

@@ -154,6 +154,35 @@ class Engine(Protocol):
     ) -> Array:
         """`attention` whose logit (i, j) has ``scale q_position[i] . p[T - 1 - i + j]`` added; p (H, 2T - 1, D)."""
 
+    def quantize(self, x: Array) -> tuple[Array, Array]:
+        """``round(x / sigma)`` as int8 from -127 to 127 with ``sigma = max |x| / 127`` of each head: x (B, H, T, D) ->
+        codes (B, H, T, D), sigma (B, H, 1, 1). A head of zeros, or too small to divide by, has the codes 0 and sigma 1;
+        a head that is not finite has the codes 0 and a sigma that is not finite."""
+
+    def filtered_attention(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        q_codes: Array,
+        k_codes: Array,
+        q_scale: Array,
+        k_scale: Array,
+        thresholds: Array,
+        scale: float,
+        causal: bool = False,
+        mask: Array | None = None,
+        nibble: str = "floor",
+        stage2: str = "int8",
+    ) -> tuple[Array, Array]:
+        """`attention` over the keys that a 4-bit estimate keeps (LATTE, arXiv 2404.07519), and how many those are.
+
+        ``keep j  iff  c_ij >= max_j c_ij - theta_h / (256 scale sigma_q sigma_k)``, the maximum over visible keys, with
+        ``c_ij = q^h_i . k^h_j`` of the upper nibbles of the codes: ``x >> 4`` (`nibble` "floor") or
+        ``min((x + 8) >> 4, 7)`` ("round"). Kept scores are ``scale sigma_q sigma_k (q_i . k_j of the codes)``, or with
+        `stage2` "float" ``scale q_i . k_j``. thresholds (H,) float64, of at least 0; scale above 0; codes and scales
+        from `quantize` -> context (B, H, Tq, D), kept pairs (B, H) int64."""
+
     # --- selection ----------------------------------------------------------------------------------------------
 
     def top(self, z: Array, n: int) -> Array:
@@ -285,6 +314,17 @@ def _refine(z: Array, ids: Array, weight: Array, g: Array, replace: bool = False
     return {"rows": ids.size // n, "n": n, "d_in": weight.shape[1], "replace": int(replace)}
 
 
+def _quantize(x: Array) -> Sizes:
+    return {"maps": _maps(x), "elements": x.size}
+
+
+def _filtered_attention(
+    q: Array, k: Array, v: Array, q_codes: Array, k_codes: Array, q_scale: Array, k_scale: Array, thresholds: Array,
+    scale: float, causal: bool = False, mask: Array | None = None, nibble: str = "floor", stage2: str = "int8",
+) -> Sizes:  # fmt: skip
+    return {**_scores(q, k, 1.0, causal, mask), "heads": q.shape[1], "exact": int(stage2 == "float")}
+
+
 SIZES: dict[str, Callable[..., Sizes]] = {
     "linear": _linear,
     "project": _linear,
@@ -313,4 +353,10 @@ SIZES: dict[str, Callable[..., Sizes]] = {
     "relative_attention": _relative_attention,
     "top": _top,
     "refine": _refine,
+    "quantize": _quantize,
+    "filtered_attention": _filtered_attention,
 }
+
+# op -> function of the call's result -> {size: array whose sum it is}: sizes that nothing but the result tells. They
+# are read when the calls are, so that a device is not waited for in between.
+OUTCOMES: dict[str, Callable[[Any], dict[str, Array]]] = {"filtered_attention": lambda result: {"kept": result[1]}}

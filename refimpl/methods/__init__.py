@@ -67,6 +67,16 @@ CATALOG: dict[str, Method] = {
         "z_i += R[i, W:] . g[W:] for the N largest",
         reading="W and N by default, selection by threshold, ties, the two copies of R, weighting by activations",
     ),
+    "latte": Method(
+        title="keys filtered by 4-bit estimates, a threshold for each head",
+        paper="Wang, Lin, Wu, arXiv 2404.07519",
+        exact=False,
+        model="minilm-l6",
+        equation="keep j iff m~_ij >= max_j m~_ij - theta_h sqrt(D) / (sigma_q sigma_k), m~ from 4 bits; "
+        "Y = softmax over kept keys (Q K^T / sqrt(D) + mask) V Wo^T",
+        reading="scales per head and tensor, floor nibbles, kept scores of the 8-bit codes, float values, thresholds "
+        "calibrated to a kept part",
+    ),
     "kvsharer": Method(
         title="keys and values shared across layers",
         paper="Yang et al., arXiv 2410.18517",

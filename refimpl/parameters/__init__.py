@@ -14,6 +14,7 @@ PARAMETERS: Registry[type[Any]] = Registry(
         "reuse": "refimpl.parameters.reuse:ReuseParameters",
         "folding": "refimpl.parameters.folding:FoldingParameters",
         "svd-softmax": "refimpl.parameters.svd_softmax:SVDSoftmaxParameters",
+        "latte": "refimpl.parameters.latte:LatteParameters",
         "kvsharer": "refimpl.parameters.kvsharer:KVSharerParameters",
         "headshare": "refimpl.parameters.headshare:HeadShareParameters",
         "efficientasr": "refimpl.parameters.efficientasr:EfficientASRParameters",

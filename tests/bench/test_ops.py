@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from costmodel.ops import FORMULAS
-from refimpl.engines.protocol import SIZES
+from refimpl.engines.numpy_engine import NumpyEngine
+from refimpl.engines.protocol import OUTCOMES, SIZES
 
 B, T, d, H, D, f, V = 1, 512, 256, 4, 64, 1024, 5000
 RNG = np.random.default_rng(0)
@@ -23,6 +24,14 @@ HIDDEN, HEADS, MAP = array(B, T, d), array(B, H, T, D), array(B, H, T, T)
 CACHE = array(2, B, 3, 1040, D)  # keys and values of SmolLM2's three heads, with room for 16 more positions
 K, W = CACHE[:, :, :, :1024]
 Q = array(B, 9, 1, D)
+
+
+def filtered(q: Any, k: Any, v: Any) -> tuple[Any, ...]:
+    """With thresholds that keep about a seventh of the pairs."""
+    (q_codes, q_scale), (k_codes, k_scale) = NumpyEngine().quantize(q), NumpyEngine().quantize(k)
+    return q, k, v, q_codes, k_codes, q_scale, k_scale, np.full(q.shape[1], 1.9), D**-0.5
+
+
 ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "linear": lambda: (HIDDEN, array(f, d), array(f)),
     "project": lambda: (HIDDEN, array(3 * d, d), array(3 * d), (d, d, d)),
@@ -55,6 +64,8 @@ ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {
         array(49152, 504),
         array(B, 1, 504),
     ),
+    "quantize": lambda: (HEADS,),
+    "filtered_attention": lambda: filtered(HEADS, array(B, H, T, D), array(B, H, T, D)),
     "relative_attention": lambda: (HEADS, HEADS, HEADS, HEADS, array(H, 2 * T - 1, D), 0.125),
 }
 
@@ -113,5 +124,7 @@ def _placed(engine: Any, argument: Any) -> Any:
 
 def _rates(op: str, given: tuple[Any, ...]) -> dict[str, int]:
     """FLOPs and bytes of the call, so that a stored time can be read as a rate."""
-    cost = FORMULAS[op](4, **SIZES[op](*given))
+    outcomes = OUTCOMES[op](getattr(NumpyEngine(), op)(*given)) if op in OUTCOMES else {}
+    sizes = SIZES[op](*given) | {name: int(array.sum()) for name, array in outcomes.items()}
+    cost = FORMULAS[op](4, **sizes)
     return {"flops": int(cost.flops), "bytes_moved": int(cost.bytes_moved)}

@@ -28,6 +28,7 @@ PARAMETERS: dict[str, list[dict[str, Any]]] = {
         {"fold": 1, "fold_ffn": 2, "ffn_hidden": 700},
     ],
     "svd-softmax": [{}, {"full_view": "replace", "candidates": 200, "fused": False}],
+    "latte": [{"kept": 1}, {"gamma": 0.1}, {"gamma": 0.1, "stage2": "float"}],
     "kvsharer": [
         {"layers": 0},
         {"strategy": [[3, 1]]},

@@ -129,7 +129,7 @@ def compare(engine, op, *args, **kwargs):
     truth = flat(in_dtype(np.float64, getattr(REFERENCE, op), *args, **kwargs))
     errors = honest_errors(dtype, getattr(REFERENCE, op), *args, **kwargs)
     for f, t, error in zip(fast, truth, errors, strict=True):
-        assert f.dtype == next(a for a in leaves(args) if a.dtype.kind == "f").dtype
+        assert f.dtype == next(a for a in leaves(args) if a.dtype.kind == "f").dtype or f.dtype.kind == "i"
         assert f.shape == t.shape
         assert_close(f, t, error, op)
 
@@ -363,6 +363,34 @@ def test_relative_attention_is_accurate(engine, length, groups, scratch, causal,
     scores = REFERENCE.scores(q, k, 0.4, causal)
     compare(engine, "add_relative", scores, REFERENCE.scores(q_position, p[None], 0.4))
     compare(engine, "scores", q_position, p[None], 0.4)  # keys of one batch for all
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stage2", ["int8", "float"])
+def test_filtered_attention_keeps_the_keys_that_the_reference_keeps(engine, stage2, dtype):
+    """The plain array form: the same codes and kept pairs; contexts obey the rule."""
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        rng.standard_normal((2, count, length, 16)).astype(dtype) for count, length in ((4, 9), (2, 21), (2, 21))
+    )
+    (q_codes, q_scale), (k_codes, k_scale) = REFERENCE.quantize(q), REFERENCE.quantize(k)
+    for ours, theirs in zip(engine.quantize(on_device(engine, q)), (q_codes, q_scale), strict=True):
+        np.testing.assert_array_equal(engine.to_numpy(ours), theirs)
+    thresholds = np.array([0.0, 0.4, 1.5, np.inf])
+    for causal, nibble in ((False, "floor"), (True, "round")):
+        given = [on_device(engine, x) for x in (q, k, v, q_codes, k_codes, q_scale, k_scale, thresholds)]
+        context, kept = (
+            engine.to_numpy(x) for x in engine.filtered_attention(*given, 0.25, causal, None, nibble, stage2)
+        )
+        wide = [x.astype(np.float64) for x in (q, k, v)]
+        scales = [x.astype(np.float64) for x in (q_scale, k_scale)]
+        rest = (thresholds, 0.25, causal, None, nibble, stage2)
+        truth, wanted = REFERENCE.filtered_attention(*wide, q_codes, k_codes, *scales, *rest)
+        honest, _ = REFERENCE.filtered_attention(q, k, v, q_codes, k_codes, q_scale, k_scale, *rest)
+        np.testing.assert_array_equal(kept, wanted)
+        assert context.dtype == dtype
+        error, allowed = (largest(x.astype(np.float64) - truth) for x in (context, honest))
+        assert error <= 2 * allowed + 2 * float(np.finfo(dtype).eps) * largest(v), (dtype, causal)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -85,3 +85,23 @@ def mask(op: str, given: Array | None, q: Array, k: Array) -> None:
     ):
         message = f"{op}: expected a bool mask that broadcasts to {full}; got {given.shape} {given.dtype}"
         raise ShapeError(message)
+
+
+def codes(op: str, given: Array, scale: Array, x: Array) -> None:
+    """Raise unless codes and scales are those of heads x."""
+    expected = "scales of the dtype of the heads, (B, H, 1, 1)"
+    expect(op, expected, scale.shape == (*x.shape[:2], 1, 1), scale=scale, heads=x)
+    if given.dtype != np.int8 or given.shape != x.shape:
+        raise ShapeError(f"{op}: expected int8 codes {x.shape}; got {given.shape} {given.dtype}")
+
+
+def filter(op: str, thresholds: Array, heads: int, scale: float, nibble: str, stage2: str) -> None:
+    """Raise unless the numbers and words of a filter are among those that are known."""
+    if thresholds.shape != (heads,) or thresholds.dtype != np.float64 or not (thresholds >= 0).all():
+        raise ShapeError(
+            f"{op}: expected thresholds ({heads},) float64 of at least 0; got {thresholds.shape} {thresholds.dtype}"
+        )
+    if not scale > 0:
+        raise ShapeError(f"{op}: the scale is {scale}; it must be above 0")
+    if nibble not in ("floor", "round") or stage2 not in ("int8", "float"):
+        raise ShapeError(f"{op}: nibble={nibble!r}, stage2={stage2!r}; known: floor and round, int8 and float")

@@ -154,7 +154,7 @@ def _hide(scores, mask, causal, head, heads, start, keys, Tk):
 
 
 @njit(**STEP)
-def _weigh(scores, largest, total):
+def weigh(scores, largest, total):
     """Turn scores (n,) into weights, given the maximum of the scores and the sum of the weights before them.
 
     Returns both anew, and the factor by which all that was summed before must be multiplied.
@@ -190,7 +190,7 @@ def _attend_items(q, k, v, hides, causal, mask, sums, maxima, totals, first, las
             if hides:
                 _hide(scores, mask, causal, head, k.shape[1], j, keys, Tk)
             for m in range(M):
-                largest[m], total[m], factor = _weigh(span(scores, m * KEYS, keys), largest[m], total[m])
+                largest[m], total[m], factor = weigh(span(scores, m * KEYS, keys), largest[m], total[m])
                 row = span(out, m * Dv, Dv)
                 for d in range(Dv):
                     row[d] *= factor

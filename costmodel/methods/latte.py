@@ -1,0 +1,62 @@
+"""The ops of LATTE; the mirror of ``refimpl.methods.latte``.
+
+How many pairs are kept depends on the data: it is a size of the op, here a given part of the visible pairs.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from costmodel import memory
+from costmodel.methods import steps
+from costmodel.methods.dense import Dense
+from costmodel.ops import Op, Quantity, visible_pairs
+from refimpl.components import ATTENTION
+from refimpl.parameters.latte import LatteParameters
+
+
+class Latte(Dense):
+    """The projections of ``dense``, and one op that keeps part of the pairs."""
+
+    parameters: LatteParameters
+
+    def layers(self) -> dict[str, tuple[Quantity, list[Op]]]:
+        fractions = self.parameters.fractions(self.setting.config)
+        if len(set(fractions)) == 1:
+            return {"every layer": (len(fractions), self.filtering_layer(fractions[0]))}
+        return {
+            f"layer {index} keeps {float(part):.4g}": (1, self.filtering_layer(part))
+            for index, part in enumerate(fractions)
+        }
+
+    def filtering_layer(self, fraction: Fraction) -> list[Op]:
+        """One attention sublayer that keeps this part of the visible pairs."""
+        s, c = self.setting, self.setting.config
+        maps, kv_maps = s.B * c.heads, s.B * c.kv_heads
+        sizes = {
+            "maps": maps, "kv_maps": kv_maps, "q_len": s.T, "k_len": s.S, "head_dim": c.head_dim, "causal": s.causal,
+            "mask": s.mask, "heads": c.heads, "exact": int(self.parameters.stage2 == "float"),
+            "kept": part_of(maps * visible_pairs(s.T, s.S, s.causal), fraction),
+        }  # fmt: skip
+        return [
+            *steps.project_heads(s),
+            Op(ATTENTION, "quantize", {"maps": maps, "elements": maps * s.T * c.head_dim}),
+            Op(ATTENTION, "quantize", {"maps": kv_maps, "elements": kv_maps * s.S * c.head_dim}),
+            Op(ATTENTION, "filtered_attention", sizes),
+            steps.project_output(s),
+        ]
+
+    def attention_live(self) -> list[Quantity]:
+        """That of ``flash``, and before its output projection the codes."""
+        return memory.filtering(self.setting)
+
+
+def part_of(pairs: Quantity, fraction: Fraction) -> Any:
+    """The nearest whole number of pairs, of halves the larger; exact in symbols."""
+    above, below = fraction.numerator, fraction.denominator
+    if isinstance(pairs, (int, np.integer, np.ndarray)):
+        return (2 * above * pairs + below) // (2 * below)
+    return pairs * above / below
