@@ -152,21 +152,22 @@ def rotary(x: Array, cos: Array, sin: Array, interleaved: bool) -> tuple[Array, 
 
 def products(q: Array, k: Array, scale: float) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
     """``s = scale q kᵀ``, query head h on key head h // (H / Hkv): (B, H, T, D), (B, Hkv, S, D) -> (B, H, T, S)."""
+    return OPS.scores(q, k, scale), lambda ds: products_back(q, k, scale, ds)
 
-    def back(ds: Array) -> tuple[Array, Array]:
-        dk = summed_groups(np.matrix_transpose(ds) @ q, k.shape[1])
-        return scale * OPS.weighted_sum(ds, k), scale * dk
 
-    return OPS.scores(q, k, scale), back
+def products_back(q: Array, k: Array, scale: float, ds: Array) -> tuple[Array, Array]:
+    """``dq = scale ds k``, ``dk = scale dsᵀ q``, the latter summed over the query heads of a key head."""
+    return scale * OPS.weighted_sum(ds, k), scale * summed_groups(np.matrix_transpose(ds) @ q, k.shape[1])
 
 
 def weighted_sum(p: Array, v: Array) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
     """``o = P v`` with the same grouping: (B, H, T, S), (B, Hkv, S, D) -> (B, H, T, D)."""
+    return OPS.weighted_sum(p, v), lambda do: weighted_sum_back(p, v, do)
 
-    def back(do: Array) -> tuple[Array, Array]:
-        return OPS.scores(do, v, 1.0), summed_groups(np.matrix_transpose(p) @ do, v.shape[1])
 
-    return OPS.weighted_sum(p, v), back
+def weighted_sum_back(p: Array, v: Array, do: Array) -> tuple[Array, Array]:
+    """``dP = do vᵀ``, ``dv = Pᵀ do``."""
+    return OPS.scores(do, v, 1.0), summed_groups(np.matrix_transpose(p) @ do, v.shape[1])
 
 
 def summed_groups(x: Array, heads: int) -> Array:
