@@ -178,24 +178,25 @@ def summed_groups(x: Array, heads: int) -> Array:
     return x.reshape(batch, heads, all_heads // heads, length, width).sum(axis=2)
 
 
-E_CAP = 30.0  # exponent of a dropped key beside the largest kept one, at most; keeps the gradient finite
+MOST = 30.0  # exponent of a dropped key beside the largest kept one, at most: e^30 is as good as infinite beside 1
 
 
 def masked_softmax(s: Array, mask: Array) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
-    """``P = e m / sum(e m)``, ``e = exp(s - max over m > 0 of s)``; `back` gives the gradients of s and of the mask m.
+    """``P = e m / Z``, ``e = exp(s - max over m > 0 of s)``, ``Z = sum(e m)``; `back` gives the gradients of s and m.
 
-    With ``g = dP - sum(P dP)``: ``ds = P g`` and ``dm = e g / sum(e m)``. Every row needs a key with m > 0. Where a
-    dropped score is more than 30 above every kept one, its dm is that of 30 above.
+    With ``g = dP - sum(P dP)``: ``ds = P g`` and ``dm = g e / Z``. Where m is 0 the tangent says little, since e may be
+    far above Z; there ``dm = g e / (Z + e)``, which is the change of ``sum(P dP)`` when the key is let in whole. Every
+    row needs a key with m > 0.
     """
     top = np.where(mask > 0, s, -np.inf).max(axis=-1, keepdims=True)  # (B, H, T, 1)
-    e = np.exp(np.minimum(s - top, E_CAP))
+    e = np.exp(np.minimum(s - top, MOST))
     kept = e * mask
     total = kept.sum(axis=-1, keepdims=True)
     p = kept / total  # (B, H, T, S)
 
     def back(dp: Array) -> tuple[Array, Array]:
         g = dp - (p * dp).sum(axis=-1, keepdims=True)
-        return p * g, e / total * g
+        return p * g, g * e / np.where(mask > 0, total, total + e)
 
     return p, back
 

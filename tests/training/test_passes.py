@@ -131,7 +131,8 @@ def test_straight_through_slope_of_the_hard_mask() -> None:
     assert attended.output[0, 0, :, 0].tolist() == [3.0, 3.0]  # distance 1.5 is dropped
     assert attended.kept.tolist() == [2 / 3]
     slope = 0.25 / math.cosh((1.0 - 1.5) / 0.5 / 2) ** 2 / 0.5
-    expected = math.exp(0.5 - 2.0) * (7.0 - 3.0) * slope  # the kept key has g = 0
+    share = math.exp(0.5) / (math.exp(2.0) + math.exp(0.5))  # of the dropped key, were it let in
+    expected = share * (7.0 - 3.0) * slope  # the kept key has g = 0
     assert back(do, np.zeros(1))[3][0] == pytest.approx(expected, rel=1e-12)
     kept_slopes = slope + 2 * 0.25 / math.cosh(1.0 / 0.5 / 2) ** 2 / 0.5  # the dropped pair, two row maxima
     assert back(np.zeros_like(do), np.ones(1))[3][0] == pytest.approx(kept_slopes / 3, rel=1e-12)
