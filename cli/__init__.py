@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from .estimation import estimate
     from .measurement import measure
     from .preparation import prepare
+    from .threshold_training import train_thresholds
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "calibrate", "estimate", "fidelity", "measure", "prepare"]
+__all__ = ["__version__", "calibrate", "estimate", "fidelity", "measure", "prepare", "train_thresholds"]
 
 _HOME = {
     "calibrate": ".calibration",
@@ -27,6 +28,7 @@ _HOME = {
     "fidelity": ".comparison",
     "measure": ".measurement",
     "prepare": ".preparation",
+    "train_thresholds": ".threshold_training",
 }
 
 

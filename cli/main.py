@@ -22,6 +22,7 @@ COMMANDS = {
     "calibrate": ".command_calibrate",
     "fidelity": ".command_fidelity",
     "prepare": ".command_prepare",
+    "train-thresholds": ".command_train_thresholds",
     "explain": ".command_explain",
     "models": ".command_models",
     "maps": ".command_maps",

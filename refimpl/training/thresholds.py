@@ -52,7 +52,7 @@ class Recipe:
 
     target_kept: float = 0.15
     weight: float = 1000.0
-    rate: float = 0.05
+    rate: float = 0.2
     batch: int = 1
     seed: int = 0
     start: Literal["quantile", "global"] = "quantile"
