@@ -225,3 +225,18 @@ def test_central_differences_find_a_known_gradient() -> None:
     """The truth of these tests, where it is known."""
     x = np.array([0.3, -1.2])
     np.testing.assert_allclose(central_differences(lambda x: float(np.sum(np.sin(x))), x), np.cos(x), rtol=1e-9)
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("name", ["minilm-l6", "smollm2-135m"])
+def test_pretrained_models_without_a_filter_are_dense(name: str) -> None:
+    from refimpl.weights import pretrained
+
+    if pretrained.folder(name) is None:
+        pytest.skip(f"{name} is not on this machine: effref models fetch {name}")
+    model = load_model(name, weights="pretrained")
+    inputs = random_inputs(model.config, 24)
+    everything = np.full((model.config.layers, model.config.heads), math.inf)
+    found = TrainableModel(model, EXACT)(inputs, everything, gradient=False).output
+    expected = forward(model, inputs, record=False).output
+    assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
