@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from .guideline import guideline
     from .measurement import measure
     from .preparation import prepare
+    from .threshold_training import train_thresholds
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "calibrate", "estimate", "fidelity", "guideline", "measure", "prepare"]
+__all__ = ["__version__", "calibrate", "estimate", "fidelity", "guideline", "measure", "prepare", "train_thresholds"]
 
 _HOME = {
     "calibrate": ".calibration",
@@ -29,6 +30,7 @@ _HOME = {
     "guideline": ".guideline",
     "measure": ".measurement",
     "prepare": ".preparation",
+    "train_thresholds": ".threshold_training",
 }
 
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "fidelity": ".command_fidelity",
     "prepare": ".command_prepare",
     "guideline": ".command_guideline",
+    "train-thresholds": ".command_train_thresholds",
     "explain": ".command_explain",
     "models": ".command_models",
     "maps": ".command_maps",

@@ -688,6 +688,31 @@ def document_blocks(document: Mapping[str, Any]) -> list[Block]:
     return blocks
 
 
+def thresholds_blocks(document: Mapping[str, Any]) -> list[Block]:
+    """Trained thresholds: what was trained, how the layers come out, and what it does to held-out windows."""
+    training, layers = document["training"], range(document["layers"])
+    blocks: list[Block] = [
+        f"latte thresholds of {document['model']}, {document['layers']} layers of {document['heads']} heads, "
+        f"{document['target_kept']:g} of the visible pairs to keep\n"
+        f"{training['steps']} steps on {training['windows']} windows, {training['held_out_windows']} held out"
+    ]
+    rows = []
+    for layer in layers:
+        thresholds, kept = document["thresholds"][layer], document["kept"][layer]
+        cells = [min(thresholds), sum(thresholds) / len(thresholds), max(thresholds)]
+        shares = [f"{100 * share:.1f}" for share in (min(kept), sum(kept) / len(kept), max(kept))]
+        rows.append([str(layer), *map(number, cells), *shares])
+    headers = ["layer", "least", "mean", "most", "least %", "mean %", "most %"]
+    blocks.append(Table("thresholds and kept shares of the heads, on training windows", headers, rows))
+    measures = [name for name in ("loss", "perplexity", "cosine") if name in document["held_out"]["all"]]
+    judged = [
+        [name, f"{100 * one['kept']:.1f}", *(cosine(one[m]) if m == "cosine" else f"{one[m]:.4g}" for m in measures)]
+        for name, one in document["held_out"].items()
+    ]
+    blocks.append(Table("held-out windows", ["thresholds", "kept %", *measures], judged))
+    return blocks
+
+
 def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"

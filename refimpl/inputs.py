@@ -169,7 +169,7 @@ def text_ids(model: Model, text: str, seq: int | None = None, notes: list[str] |
     """
     notes = [] if notes is None else notes
     _check_seq(model, seq)
-    before, body, after = _encode(model, text)
+    before, body, after = encode(model, text)
     room = (seq or _limit(model) or math.inf) - len(before) - len(after)
     if len(body) > room:
         notes.append(f"the text has {len(body)} tokens; the first {max(room, 0)} are used")
@@ -183,7 +183,7 @@ def text_ids(model: Model, text: str, seq: int | None = None, notes: list[str] |
     return ids
 
 
-def _encode(model: Model, text: str) -> tuple[list[int], list[int], list[int]]:
+def encode(model: Model, text: str) -> tuple[list[int], list[int], list[int]]:
     """The ids of a text, and those that the tokenizer puts before and after it."""
     tokenizer = model.tokenizer()
     body = tokenizer.encode(text, add_special_tokens=False).ids

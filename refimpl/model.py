@@ -302,6 +302,13 @@ class Runner:
         ]
         return _joined(runs)
 
+    def stem(self, inputs: Array) -> Array:
+        """The hidden states that enter the first layer: (B, T, d), on the engine's device; errors as in `forward`."""
+        check_inputs(self.config, inputs)
+        check_length(self.config, self.weights, sequence_length(self.config, inputs))
+        x = self.engine.asarray(inputs if self.config.stem == "tokens" else inputs.astype(self._dtype, copy=False))
+        return self._stem(lambda component: self.engine, x, 0)
+
     def _stem(self, at: At, x: Array, first: int) -> Array:
         """Inputs to hidden states (B, T, d), of which the first is at position `first`."""
         stem, ops = self.weights.stem, at(STEM)
