@@ -35,13 +35,15 @@ Progress = Callable[[str, float], None]
 Key = tuple[str, tuple[tuple[str, int], ...]]  # op and sizes
 
 
-# What each model is run under: the methods whose ops most others share, and in some cells one with ops of its own.
-METHODS: tuple[tuple[str, dict[str, Any]], ...] = (("dense", {}), ("flash", {}), ("reuse", {"groups": [[0, 1]]}))
-# With a part of pairs that is far from the usual one, too, so that kept pairs and visible ones are told apart.
-FILTERED = (*METHODS, ("latte", {}), ("latte", {"kept": 0.5}))
-IN_HALVES = (*METHODS, ("efficientasr", {"group": 1, "ffn_chunks": 2}))
-WITH_HEAD = (*METHODS, ("svd-softmax", {"decomposition": "gram"}))
-IN_QUARTERS = (*METHODS, ("efficientasr", {"group": 1, "ffn_chunks": 4}))
+Under = tuple[tuple[str, dict[str, Any]], ...]  # methods and their parameters
+
+EXACT: Under = (("dense", {}), ("flash", {}))
+METHODS: Under = (*EXACT, ("reuse", {"groups": [[0, 1]]}))  # whose ops most others share
+# Those with ops of their own, which some cells run, too.
+HALVES: Under = (("efficientasr", {"group": 1, "ffn_chunks": 2}),)
+QUARTERS: Under = (("efficientasr", {"group": 1, "ffn_chunks": 4}),)
+HEAD: Under = (("svd-softmax", {"decomposition": "gram"}),)
+FILTERS: Under = (("latte", {}), ("latte", {"kept": 0.5}))  # two parts of pairs, to tell kept and visible ones apart
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Cell:
     seq: int = 1
     batch: int = 1
     kv_len: int = 0
-    methods: tuple[tuple[str, dict[str, Any]], ...] = METHODS
+    methods: Under = METHODS
 
     def workload(self, dtype: str = "float32") -> Workload:
         """What one pass does."""
@@ -85,31 +87,29 @@ CELLS = (
     Cell(_model("conformer", 208, 4, 832), 90),
     Cell(_model("conformer", 320, 5, 1280), 640),
     Cell(_model("conformer", 144, 3, 576), 1700),
-    Cell(_model("conformer", 240, 4, 960), 340, batch=2, methods=IN_QUARTERS),
-    Cell(_model("post-norm", 320, 10, 1280), 60, methods=FILTERED),
-    Cell(_model("post-norm", 640, 10, 2560), 420, methods=IN_HALVES),
+    Cell(_model("conformer", 240, 4, 960), 340, batch=2, methods=(*METHODS, *QUARTERS)),
+    Cell(_model("post-norm", 320, 10, 1280), 60, methods=(*METHODS, *FILTERS)),
+    Cell(_model("post-norm", 640, 10, 2560), 420, methods=(*METHODS, *HALVES)),
     Cell(_model("post-norm", 288, 9, 1152), 200, batch=3),
-    Cell(_model("post-norm", 448, 14, 1792), 1100, methods=FILTERED),
-    Cell(_model("pre-norm", 320, 5, 1280), 1250, methods=IN_HALVES),
-    Cell(_model("pre-norm", 480, 8, 1920), 160, methods=IN_QUARTERS),
-    Cell(_model("pre-norm", 192, 3, 768), 2300, methods=FILTERED),
-    Cell(_model("patches", 272, 4, 1088), 210, methods=FILTERED),
-    Cell(_model("decoder", 544, 8, 1408, kv_heads=2), 330, methods=FILTERED),
-    Cell(_model("decoder", 192, 3, 576), 1400, methods=WITH_HEAD),
-    Cell(_model("decoder", 448, 7, 1216), 900, methods=(*WITH_HEAD, *FILTERED[len(METHODS) :])),
+    Cell(_model("post-norm", 448, 14, 1792), 1100, methods=(*METHODS, *FILTERS)),
+    Cell(_model("pre-norm", 320, 5, 1280), 1250, methods=(*METHODS, *HALVES)),
+    Cell(_model("pre-norm", 480, 8, 1920), 160, methods=(*METHODS, *QUARTERS)),
+    Cell(_model("pre-norm", 192, 3, 768), 2300, methods=(*METHODS, *FILTERS)),
+    Cell(_model("patches", 272, 4, 1088), 210, methods=(*METHODS, *FILTERS)),
+    Cell(_model("decoder", 544, 8, 1408, kv_heads=2), 330, methods=(*METHODS, *FILTERS)),
+    Cell(_model("decoder", 192, 3, 576), 1400, methods=(*METHODS, *HEAD)),
+    Cell(_model("decoder", 448, 7, 1216), 900, methods=(*METHODS, *HEAD, *FILTERS)),
     Cell(_model("decoder", 720, 6, 2016, kv_heads=3, activation="gelu_tanh", gated=False), 60),
-    Cell(_model("decoder", 544, 8, 1408, kv_heads=2), kv_len=330, methods=IN_QUARTERS),
-    Cell(_model("decoder", 192, 3, 576), kv_len=1400, methods=(*WITH_HEAD, *FILTERED[len(METHODS) :])),
+    Cell(_model("decoder", 544, 8, 1408, kv_heads=2), kv_len=330, methods=(*METHODS, *QUARTERS)),
+    Cell(_model("decoder", 192, 3, 576), kv_len=1400, methods=(*METHODS, *HEAD, *FILTERS)),
     Cell(
         _model("decoder", 720, 6, 2016, kv_heads=3, activation="gelu_tanh", gated=False),
         kv_len=90,
         batch=3,
-        methods=IN_HALVES,
+        methods=(*METHODS, *HALVES),
     ),
     # A model that no cache holds, so that its weights come from memory.
-    Cell(
-        _model("decoder", 1216, 19, 3328, layers=8), kv_len=700, methods=(("dense", {}), ("flash", {}), WITH_HEAD[-1])
-    ),
+    Cell(_model("decoder", 1216, 19, 3328, layers=8), kv_len=700, methods=(*EXACT, *HEAD)),
 )
 
 

@@ -30,9 +30,8 @@ from refimpl.weights import Model, load_model
 from . import context, machines, results
 from .agreement import Agreement, NextToken
 from .curves import Choices, Point, Settings, points
-from .machines import limited
 from .material import TOKENS, WINDOWS, Material, Wanted, gather
-from .measurement import DECODE_REPEATS, REPEATS, SECONDS, Timing, started_engine
+from .measurement import DECODE_REPEATS, REPEATS, SECONDS, Timing
 from .preparation import prepared
 from .progress import Progress
 from .request import BASELINES, Request, resolve
@@ -184,8 +183,8 @@ def compared(plan: Plan, hardware: str | Hardware | None, progress: Progress) ->
     request = plan.request
     machine = machines.choose(hardware, request.engine, request.threads, request.dtype, progress)
     _check_memory(plan, plan.wanted.windows or WINDOWS)
-    ops = started_engine(request, progress)
-    with limited(request.engine, request.threads):
+    ops = machines.started(request.engine, request.threads, progress)
+    with machines.limited(request.engine, request.threads):
         model = _loaded(plan, progress)
         material = gather(model, plan.wanted)
         plan = replace(plan, request=replace(request, config=model.config, lengths=(material.length,)))

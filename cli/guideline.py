@@ -26,9 +26,7 @@ from refimpl.weights import load_model
 from refimpl.weights.layout import Weights
 
 from . import context, machines, results
-from .machines import limited
 from .material import Wanted, gather
-from .measurement import started_engine
 from .preparation import prepared
 from .progress import Progress
 from .request import Request, resolve
@@ -163,8 +161,8 @@ def found(plan: Plan, hardware: str | Hardware | None, progress: Progress) -> di
     """The result without its context."""
     request = plan.request
     machine = machines.choose(hardware, request.engine, request.threads, request.dtype, progress)
-    ops = started_engine(request, progress)
-    with limited(request.engine, request.threads):
+    ops = machines.started(request.engine, request.threads, progress)
+    with machines.limited(request.engine, request.threads):
         progress.stage(f"loading {request.config.name}")
         model = load_model(request.model, seed=plan.wanted.seed, dtype=request.dtype)
         meaning = "" if model.pretrained else ": figures of the mechanism, not of quality"

@@ -9,6 +9,8 @@ from dataclasses import replace
 
 from costmodel.hardware import Hardware, MemoryLevel, load_hardware, presets
 from refimpl.engines import ENGINES
+from refimpl.engines import engine as get_engine
+from refimpl.engines.protocol import Engine
 from refimpl.errors import ConfigError
 
 from . import profiles
@@ -116,6 +118,16 @@ def disturbances_noted(what: str, progress: Progress) -> Iterator[None]:
             f"other programs kept {others:.1f} of {psutil.cpu_count()} cores busy while {what}: the times are too long "
             "and unsteady; close them and run again"
         )
+
+
+def started(engine: str, threads: int, progress: Progress) -> Engine:
+    """The engine, compiled and told its threads."""
+    ops = get_engine(engine)
+    if hasattr(ops, "warm_up"):
+        ops.warm_up(progress.line)
+    if hasattr(ops, "set_threads"):
+        ops.set_threads(threads)
+    return ops
 
 
 @contextmanager

@@ -22,8 +22,6 @@ from costmodel.hardware import Hardware
 from costmodel.predict import Prediction, predict
 from refimpl.cache import Cache
 from refimpl.config import ModelConfig
-from refimpl.engines import engine as get_engine
-from refimpl.engines.protocol import Engine
 from refimpl.errors import ConfigError, InputError, UnsupportedError
 from refimpl.inputs import Inputs, load_input, random_inputs
 from refimpl.model import Prepared, Run, Runner, sequence_length
@@ -174,7 +172,7 @@ def measured(
     request: Request, hardware: str | Hardware | None, source: Source, timing: Timing, progress: Progress
 ) -> dict[str, Any]:
     """The result without its context."""
-    ops = started_engine(request, progress)
+    ops = machines.started(request.engine, request.threads, progress)
     with machines.limited(request.engine, request.threads):
         _what_fits(replace(request, lengths=(1,)) if source.decides else request, Progress())
         model = _model(request, source, timing, progress)
@@ -192,16 +190,6 @@ def measured(
     document["config"] |= {**vars(timing), "input": str(source.path) if source.path else "seeded random"}
     document["accuracy"] = results.accuracy(found) | _rivals(bench, found)
     return document if finished else {**document, "interrupted": True}
-
-
-def started_engine(request: Request, progress: Progress) -> Engine:
-    """The engine, compiled and told its threads."""
-    ops = get_engine(request.engine)
-    if hasattr(ops, "warm_up"):
-        ops.warm_up(progress.line)
-    if hasattr(ops, "set_threads"):
-        ops.set_threads(request.threads)
-    return ops
 
 
 def _what_fits(request: Request, progress: Progress) -> tuple[str, ...]:

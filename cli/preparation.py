@@ -86,10 +86,8 @@ def request_for(
 
 def found(request: Request, input_file: Path, seq: int | None, seed: int, progress: Progress) -> dict[str, Any]:
     """The document that the request's method finds on a file."""
-    from .measurement import started_engine  # which may prepare its methods here
-
     (method,) = request.methods
-    engine = started_engine(request, progress)
+    engine = machines.started(request.engine, request.threads, progress)
     with machines.limited(request.engine, request.threads):
         progress.stage(f"loading {request.config.name}")
         model = load_model(request.model, seed=seed, dtype=request.dtype)
