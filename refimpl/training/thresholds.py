@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -195,6 +196,7 @@ def matching(
     Those of the nearer end where none do.
     """
 
+    @cache  # the ends are asked for twice
     def beyond(x: float) -> float:
         difference = kept_share(model, samples, family(x)) - kept
         return 0.0 if abs(difference) < NEAR else difference
