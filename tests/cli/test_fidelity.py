@@ -141,13 +141,14 @@ def test_wide_outputs_are_compared_in_blocks(monkeypatch: pytest.MonkeyPatch) ->
     assert figures() == pytest.approx(whole, rel=1e-12)
 
 
+TURNED = ("svd-softmax",)  # sums are taken in another basis: exact but for rounding
 # What else is to be switched off where a method has parts beside its knob.
 OFF = {"efficientasr": ["--set", "efficientasr.score_residual=0", "--set", "efficientasr.ffn_chunks=1"]}
 
 
 @pytest.mark.parametrize("method", [name for name, row in CATALOG.items() if not row.exact])
 def test_every_method_starts_exact(effref, method: str) -> None:
-    """On its own model: the first value of its own knob is off, bit for bit; the others are not."""
+    """On its own model: the first value of its own knob is off, bit for bit or in another basis; the others are not."""
     sizes = ["--layers", "4", "--d-model", "24", "--heads", "6", "--d-ff", "32", "--seq", "8"]
     words = ["--method", method, *OFF.get(method, []), *sizes, *ON_NUMPY, "--format", "json"]
     found = in_json(effref("fidelity", *words))["results"]
@@ -155,10 +156,13 @@ def test_every_method_starts_exact(effref, method: str) -> None:
     assert dense["method"] == "dense"
     assert off["knob"]
     for exact in (dense, off):
-        assert exact["fidelity"]["rel_l2"] == exact["fidelity"]["max_abs"] == 0
-        assert exact["fidelity"].get("kl_nats", 0) == 0
+        rounding = 1e-5 if exact["method"] in TURNED else 0
+        assert exact["fidelity"]["rel_l2"] <= rounding
+        assert exact["fidelity"]["max_abs"] <= rounding
+        assert exact["fidelity"].get("kl_nats", 0) <= rounding
         assert exact["fidelity"].get("top1_agreement", 1) == 1
-        assert exact["fidelity"].get("perplexity") == exact["fidelity"].get("perplexity_exact")
+        expected = pytest.approx(exact["fidelity"].get("perplexity_exact", 1), rel=rounding, abs=0)
+        assert exact["fidelity"].get("perplexity", 1) == expected
     assert others
     assert all(other["fidelity"]["rel_l2"] > 0 for other in others)
 
