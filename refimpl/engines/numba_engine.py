@@ -396,9 +396,12 @@ class NumbaEngine:
         out, counts = self._heads(q, v.shape[3]), np.zeros(math.prod(q.shape[:3]), np.int64)
         if out.size and k.shape[2]:
             steps, margins = filtered.steps_and_margins(q_scale, k_scale, thresholds, scale)
-            k, v, k_codes = (
-                filtered.dense_rows(layout.batched(x, q), q.shape[2], self.buffers.empty) for x in (k, v, k_codes)
-            )
+            k, v, k_codes = (layout.batched(x, q) for x in (k, v, k_codes))
+            v, k_codes = layout.readable(v), layout.readable(k_codes)
+            if q.shape[2] > layout.FEW_ROWS:
+                v = filtered.dense_rows(v, self.buffers.empty)
+            if stage2 == "float":
+                k = filtered.dense_rows(k, self.buffers.empty) if q.shape[2] > layout.FEW_ROWS else layout.readable(k)
             q, q_codes = layout.readable(q), layout.readable(q_codes)
             elements = counts.size * k.shape[2]
             panels, rows = filtered.packed(

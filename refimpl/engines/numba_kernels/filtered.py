@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from numba import njit, types
 
-from . import layout
 from .codes import (
     LANES,
     LINE,
@@ -157,14 +156,12 @@ def packed(
     return panels, rows
 
 
-def dense_rows(x: Array, queries: int, empty: Callable[[tuple[int, ...], Any], Array]) -> Array:
-    """x (B, H, T, D), copied if its rows are apart and meet many queries.
+def dense_rows(x: Array, empty: Callable[[tuple[int, ...], Any], Array]) -> Array:
+    """x (B, H, T, D), copied if its rows are apart: worth it where they meet many queries.
 
     Rows of heads that lie side by side in memory, a power of two apart, fall into few sets of a cache; and vectors that
     do not start on a cache line take two of them.
     """
-    if queries <= layout.FEW_ROWS:
-        return layout.readable(x)
     if x.flags.c_contiguous and x.ctypes.data % LINE == 0:
         return x
     copy = empty(x.shape, x.dtype)
