@@ -149,21 +149,25 @@ class AuditedEngine(NumpyEngine):
 def audit(op: str, *args: Any, **kwargs: Any) -> Any:
     """Run one op of the NumPy engine and assert that its formula is what was counted."""
     ledger = Ledger()
+    if op == "fetch":
+        return _audited_fetch(*args)
+    if op == "search_graph":  # Faiss counts the points that it compares itself
+        return NumpyEngine().search_graph(*args)
     itemsize = next(x.itemsize for x in _arrays(args) if x.dtype.kind == "f")
     engine = NumpyEngine(_namespace(ledger))
     watched = [_watch(x, ledger) for x in args]
     watched_kwargs = {name: _watch(x, ledger) for name, x in kwargs.items()}
-    if op == "append":  # writes into its first operand
+    if op in ("append", "scatter"):  # write into their first operand
         ledger.written[_address(watched[0])] = 0
     result = getattr(engine, op)(*watched, **watched_kwargs)
-    if op == "append":
-        return _audited_append(ledger, itemsize, *args, **kwargs)
+    if op in ("append", "scatter"):
+        return _audited_writing(op, ledger, itemsize, *args)
     parts = result if isinstance(result, tuple) else (result,)
     counted = {
         "matmul_flops": ledger.matmul_flops,
         "vector_flops": ledger.vector_flops,
         "bytes_read": ledger.bytes_read,
-        "bytes_written": sum(_written(part, ledger) for part in parts) * itemsize,
+        "bytes_written": sum(_written(part, ledger) * part.itemsize for part in parts),
     }
     sizes = SIZES[op](*args, **kwargs)
     cost = FORMULAS[op](itemsize, **sizes)
@@ -172,13 +176,23 @@ def audit(op: str, *args: Any, **kwargs: Any) -> Any:
     return plain if isinstance(result, tuple) else plain[0]
 
 
-def _audited_append(ledger: Ledger, itemsize: int, store: np.ndarray, new: np.ndarray, start: int) -> np.ndarray:
-    """Compare what was counted, then append to the caller's own store."""
+def _audited_writing(op: str, ledger: Ledger, itemsize: int, *args: Any) -> np.ndarray:
+    """Compare what was counted, then let the op write into the caller's own store."""
     (elements,) = ledger.written.values()
     counted = {"bytes_read": ledger.bytes_read, "bytes_written": elements * itemsize, "flops": ledger.vector_flops}
-    cost = FORMULAS["append"](itemsize, **SIZES["append"](store, new, start))
-    assert {name: getattr(cost, name) for name in counted} == counted, f"append {new.shape}"
-    return NumpyEngine().append(store, new, start)
+    cost = FORMULAS[op](itemsize, **SIZES[op](*args))
+    assert {name: getattr(cost, name) for name in counted} == counted, f"{op} {args[1].shape}"
+    return getattr(NumpyEngine(), op)(*args)
+
+
+def _audited_fetch(records: Any, rows: tuple[int | None, ...], transfer: str) -> np.ndarray:
+    """Bytes of the records that are copied; what is mapped moves none."""
+    batch = NumpyEngine().fetch(records, rows, transfer)
+    copied = sum(batch[b].nbytes for b, row in enumerate(rows) if row is not None) if transfer == "copy" else 0
+    cost = FORMULAS["fetch"](batch.itemsize, **SIZES["fetch"](records, rows, transfer))
+    counted = cost.bytes_read, cost.bytes_written, cost.flops
+    assert counted == (copied, copied, 0), f"fetch {rows} {transfer}"
+    return batch
 
 
 def _written(part: np.ndarray, ledger: Ledger) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 
 
@@ -16,3 +19,21 @@ def clusters(
     hidden = centres[kinds] + 0.1 * rng.standard_normal((count, length, width))
     e = np.exp(logits[kinds] + 0.1 * rng.standard_normal((count, heads, length, length)))
     return hidden.astype(np.float32), (e / e.sum(-1, keepdims=True)).astype(np.float32), kinds
+
+
+def listed(maps: np.ndarray) -> Any:
+    """Maps in memory as `refimpl.memo.mapping.gather` reads records."""
+    return SimpleNamespace(array=maps, layout=SimpleNamespace(shape=maps.shape[1:], dtype=maps.dtype))
+
+
+class ExactIndex:
+    """What `search_graph` calls: here every point is compared, one by one."""
+
+    def __init__(self, points: np.ndarray) -> None:
+        self.points, self.compared = points, 0
+
+    def search(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        self.compared = len(queries) * len(self.points)
+        truth = np.array([[np.linalg.norm(query - point) for point in self.points] for query in queries.astype(float)])
+        truth = truth.reshape(len(queries), len(self.points))
+        return truth.min(1).astype(queries.dtype), truth.argmin(1)

@@ -25,7 +25,7 @@ import sympy
 
 import costmodel
 from costmodel.methods import COSTS
-from refimpl.components import ATTENTION, COMPONENTS, OUTPUT, POSITIONS, QKV, SCORES, SOFTMAX, WEIGHTED_SUM
+from refimpl.components import ATTENTION, COMPONENTS, MEMO, OUTPUT, POSITIONS, QKV, SCORES, SOFTMAX, WEIGHTED_SUM
 from refimpl.config import ModelConfig, Workload
 from refimpl.methods import CATALOG
 from refimpl.methods.programs import PROGRAMS
@@ -166,7 +166,7 @@ B, T, N = sympy.symbols("B T N", integer=True, positive=True)
 d, f, H, HKV, HALF = sympy.symbols("d f H Hkv h", integer=True, positive=True)
 D = 2 * HALF  # even, as rotary positions need it
 FIGURES = ("matmul_flops", "vector_flops", "bytes_read", "bytes_written")
-SUBLAYER = (QKV, POSITIONS, SCORES, SOFTMAX, WEIGHTED_SUM, ATTENTION, OUTPUT)
+SUBLAYER = (QKV, POSITIONS, MEMO, SCORES, SOFTMAX, WEIGHTED_SUM, ATTENTION, OUTPUT)
 FORMULAS = [
     pytest.param(what, rows, id=f"{page.stem}: {what}")
     for page in sorted((DOCS / "methods").glob("*.md"))

@@ -15,6 +15,7 @@ COSTS: Registry[type[Dense]] = Registry(
         "flash": "costmodel.methods.flash:Flash",
         "reuse": "costmodel.methods.reuse:Reuse",
         "folding": "costmodel.methods.folding:Folding",
+        "attmemo": "costmodel.methods.attmemo:AttMemo",
         "kvsharer": "costmodel.methods.kvsharer:KVSharer",
         "headshare": "costmodel.methods.headshare:HeadShare",
         "efficientasr": "costmodel.methods.efficientasr:EfficientASR",

@@ -11,9 +11,11 @@ Whenever the writer dies, the manifest on disk is that of the last commit, and a
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import re
 import sys
+import weakref
 import zlib
 from collections.abc import Mapping
 from contextlib import suppress
@@ -35,48 +37,76 @@ LOCK = "lock"
 _BLOCK = 1 << 22  # bytes that are checked at a time
 
 
+class _Opened:
+    """A file opened for reading; it is closed when nothing refers to it any more, or before."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        except OSError as error:
+            raise DatabaseError(f"cannot read {path} ({error.strerror}): build the database anew") from error
+        self.close = weakref.finalize(self, os.close, self.descriptor)
+
+    @property
+    def size(self) -> int:
+        return os.fstat(self.descriptor).st_size
+
+    def read_all(self) -> bytes:
+        """Every byte."""
+        with open(self.descriptor, "rb", closefd=False) as file:
+            file.seek(0)
+            return file.read()
+
+    def read(self, start: int, count: int) -> bytes:
+        """At most `count` bytes; empty at the end."""
+        os.lseek(self.descriptor, start, os.SEEK_SET)
+        return os.read(self.descriptor, count)
+
+
 class Records:
     """The committed records of one file, mapped read-only.
 
     Attributes
     ----------
+    layout : RecordFile
     array : array, shape (N, *shape)
         A read-only view of the file; pages are read when they are touched.
-    descriptor : int
-        The open file, for mapping.
     """
 
     def __init__(self, path: Path, layout: RecordFile) -> None:
         self.path, self.layout = path, layout
-        self._file: BinaryIO = _opened(path)
-        self.descriptor = self._file.fileno()
-        size = os.fstat(self.descriptor).st_size
-        if size < layout.bytes:
-            self._file.close()
-            raise damaged(path, f"{size} of {layout.bytes} bytes are there")
+        self._file = _Opened(path)
+        if self._file.size < layout.bytes:
+            raise damaged(path, f"{self._file.size} of {layout.bytes} bytes are there")
         self.array = self._mapped()  # (N, *shape)
 
     def _mapped(self) -> Array:
         shape, dtype, count = self.layout.shape, np.dtype(self.layout.dtype), self.layout.count
         if not self.layout.bytes:
             return np.empty((count, *shape), dtype)
-        raw = np.memmap(self._file, np.uint8, "r", shape=(count, self.layout.stride))
+        pages = mmap.mmap(self.descriptor, self.layout.bytes, access=mmap.ACCESS_READ)
+        raw = np.frombuffer(pages, np.uint8).reshape(count, self.layout.stride)
         return raw[:, : self.layout.record_bytes].view(dtype).reshape(count, *shape)  # copies nothing
+
+    @property
+    def descriptor(self) -> int:
+        """The open file, for mapping."""
+        return self._file.descriptor
 
     def __len__(self) -> int:
         return self.layout.count
 
     def verify(self) -> None:
         """Raise DatabaseError where the bytes of a commit are not those that it wrote."""
-        self._file.seek(0)
         before = 0
         for segment in self.layout.segments:
-            crc, left = 0, (segment.records - before) * self.layout.stride
-            while left:
-                block = self._file.read(min(left, _BLOCK))
+            at, end, crc = before * self.layout.stride, segment.records * self.layout.stride, 0
+            while at < end:
+                block = self._file.read(at, min(end - at, _BLOCK))
                 if not block:
                     raise damaged(self.path, "it ends too early")
-                crc, left = zlib.crc32(block, crc), left - len(block)
+                at, crc = at + len(block), zlib.crc32(block, crc)
             if crc != segment.crc32:
                 raise damaged(self.path, f"wrong checksum of records {before} to {segment.records - 1}")
             before = segment.records
@@ -117,7 +147,7 @@ class Database:
             for name, layout in self.manifest.records.items():
                 self._records[name] = Records(self.folder / layout.file, layout)
             for one in self.manifest.files.values():
-                size = os.fstat(self._files[one.file].fileno()).st_size
+                size = self._files[one.file].size
                 if size != one.bytes:
                     raise damaged(self.folder / one.file, f"{size} of {one.bytes} bytes are there")
             if verify:
@@ -126,20 +156,15 @@ class Database:
             self.close()
             raise
 
-    def _committed(self) -> tuple[Manifest, dict[str, BinaryIO]]:
+    def _committed(self) -> tuple[Manifest, dict[str, _Opened]]:
         """The manifest and the whole files that it names: opened at once, since a later commit may remove them."""
         while True:
-            manifest, opened = Manifest.read(self.folder), {}
+            manifest = Manifest.read(self.folder)
             try:
-                for one in manifest.files.values():
-                    opened[one.file] = _opened(self.folder / one.file)
+                return manifest, {one.file: _Opened(self.folder / one.file) for one in manifest.files.values()}
             except DatabaseError:
-                for file in opened.values():
-                    file.close()
                 if Manifest.read(self.folder) == manifest:
                     raise
-            else:
-                return manifest, opened
 
     def verify(self) -> None:
         """Compare all bytes with their checksums."""
@@ -159,9 +184,7 @@ class Database:
         if name not in self.manifest.files:
             raise DatabaseError(f"{self.folder} has no {name}; it holds {', '.join(self.manifest.files) or 'no file'}")
         one = self.manifest.files[name]
-        opened = self._files[one.file]
-        opened.seek(0)
-        data = opened.read()
+        data = self._files[one.file].read_all()
         if len(data) != one.bytes or zlib.crc32(data) != one.crc32:
             raise damaged(self.folder / one.file, "its checksum is wrong")
         return data
@@ -394,13 +417,6 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DatabaseError(f"cannot make the folder {folder}: {error.strerror}") from error
-
-
-def _opened(path: Path) -> BinaryIO:
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        raise DatabaseError(f"cannot read {path} ({error.strerror}): build the database anew") from error
 
 
 def _write_all(file: Any, data: Any) -> None:

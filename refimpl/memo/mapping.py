@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.engines.protocol import Array
-from refimpl.errors import UnsupportedError
+from refimpl.errors import ShapeError, UnsupportedError
 from refimpl.memo.database import Records
 
 MAP_FIXED = 0x10  # <asm-generic/mman-common.h>; Python's mmap module has the others, but no fixed addresses
@@ -36,7 +36,7 @@ def can_map(records: Records) -> bool:
     return sys.platform == "linux" and records.layout.stride % mmap.PAGESIZE == 0
 
 
-def gather(records: Records, rows: Sequence[int | None], transfer: str) -> Array:
+def gather(records: Records, rows: Sequence[int | None], transfer: str, out: Array | None = None) -> Array:
     """The records of these rows as one batch, whose rows of None are left for the caller to fill.
 
     Parameters
@@ -44,6 +44,8 @@ def gather(records: Records, rows: Sequence[int | None], transfer: str) -> Array
     records : Records
     rows : sequence of int or None
     transfer : {"map", "copy"}
+    out : array, shape (B, *shape), optional
+        Where to copy to.
 
     Returns
     -------
@@ -58,7 +60,7 @@ def gather(records: Records, rows: Sequence[int | None], transfer: str) -> Array
     """
     if transfer == "map":
         return _gather_mapped(records, rows)
-    batch = np.empty((len(rows), *records.layout.shape), records.layout.dtype)
+    batch = np.empty((len(rows), *records.layout.shape), records.layout.dtype) if out is None else out
     for b, row in enumerate(rows):
         if row is not None:
             batch[b] = records.array[row]
@@ -78,6 +80,16 @@ def _gather_mapped(records: Records, rows: Sequence[int | None]) -> Array:
         if row is not None and not 0 <= row < len(records):
             raise IndexError(f"record {row} of {len(records)}")
     return _Range(records, rows).array()
+
+
+def check_rows(op: str, store: Array, new: Array, rows: Sequence[int]) -> None:
+    """Raise ShapeError where `new` does not fit into these rows of `store`."""
+    fits = store.shape[1:] == new.shape[1:] and new.shape[0] == len(rows) and store.dtype == new.dtype
+    if not (fits and all(0 <= row < store.shape[0] for row in rows)):
+        raise ShapeError(
+            f"{op}: new {new.shape} {new.dtype} does not fit into the rows {tuple(rows)} of store {store.shape} "
+            f"{store.dtype}"
+        )
 
 
 class _Range:

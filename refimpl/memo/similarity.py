@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.spatial.distance import pdist
 
 from refimpl.engines.protocol import Array
 from refimpl.errors import ShapeError
@@ -58,6 +57,8 @@ def pair_distances(maps: Array, lengths: Sequence[int] | None = None) -> Array:
     array, shape (B (B - 1) / 2,), float64
         Pairs (0, 1), (0, 2), ..., (1, 2), ...
     """
+    from scipy.spatial.distance import pdist  # loads much of SciPy
+
     count, heads, rows, _ = maps.shape
     if lengths is None:
         return pdist(maps.reshape(count, -1), "cityblock") / (2 * heads * rows)

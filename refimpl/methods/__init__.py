@@ -58,6 +58,14 @@ CATALOG: dict[str, Method] = {
         equation="X'[t n + j] = X[t, j d/n : (j+1) d/n], Y' = softmax(Q' K'^T / sqrt(D') + mask) V' Wo'^T on T n rows",
         reading="n, heads, mask, folded layers and feed-forward (the paper's are not known); weights by projection",
     ),
+    "attmemo": Method(
+        title="attention maps looked up in a database",
+        paper="Feng et al., arXiv 2301.09262",
+        exact=False,
+        model="minilm-l6",
+        equation="D = min_i |f(X) - f(X_i)|; 1 - D >= tau: Y = A_i (X Wv^T) Wo^T, A_i the stored map; else as dense",
+        reading="a network and an index per layer, exact search, padding left out of distances, all heads in a record",
+    ),
     "kvsharer": Method(
         title="keys and values shared across layers",
         paper="Yang et al., arXiv 2410.18517",

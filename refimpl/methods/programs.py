@@ -15,6 +15,7 @@ PROGRAMS: Registry[type[Dense]] = Registry(
         "flash": "refimpl.methods.flash:Flash",
         "reuse": "refimpl.methods.reuse:Reuse",
         "folding": "refimpl.methods.folding:Folding",
+        "attmemo": "refimpl.methods.attmemo:AttMemo",
         "kvsharer": "refimpl.methods.kvsharer:KVSharer",
         "headshare": "refimpl.methods.headshare:HeadShare",
         "efficientasr": "refimpl.methods.efficientasr:EfficientASR",

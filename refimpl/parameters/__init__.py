@@ -13,6 +13,7 @@ PARAMETERS: Registry[type[Any]] = Registry(
         "flash": "refimpl.parameters.base:NoParameters",
         "reuse": "refimpl.parameters.reuse:ReuseParameters",
         "folding": "refimpl.parameters.folding:FoldingParameters",
+        "attmemo": "refimpl.parameters.attmemo:AttMemoParameters",
         "kvsharer": "refimpl.parameters.kvsharer:KVSharerParameters",
         "headshare": "refimpl.parameters.headshare:HeadShareParameters",
         "efficientasr": "refimpl.parameters.efficientasr:EfficientASRParameters",

@@ -14,6 +14,7 @@ import scipy.linalg
 import scipy.special
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memo_data import ExactIndex, listed
 
 from refimpl.engines.numpy_engine import QUERY_BLOCK, NumpyEngine, visible_keys
 from refimpl.engines.protocol import SIZES
@@ -369,6 +370,12 @@ def calls(dtype, batch=2, length=5):
         "rotary": (q, half, half, True),
         "concat": ((x, x), 1),
         "append": (np.zeros((batch, 4, length + 3, 6), dtype), k, 2),
+        "max_pool": (x,),
+        "nearest": (normal(batch, 6, dtype=dtype), normal(9, 6, seed=1, dtype=dtype)),
+        "search_graph": (normal(batch, 6, dtype=dtype), ExactIndex(normal(9, 6, seed=1, dtype=dtype))),
+        "fetch": (listed(normal(3, 4, 5, 5, dtype=dtype)), (2, 0)[:batch], "copy"),
+        "take_rows": (x, (1, 0)[:batch]),
+        "scatter": (np.zeros((batch, 4, 2), dtype), normal(batch, 4, 2, dtype=dtype), (1, 0)[:batch]),
         "scores": (q, k, 0.3, True, mask),
         "add_relative": (weights, normal(batch, 4, length, 2 * length - 1, dtype=dtype)),
         "softmax": (weights, True),
@@ -391,20 +398,23 @@ def results(op, args):
     return result if isinstance(result, tuple) else (result,)
 
 
+SEARCHES = ("nearest", "search_graph")  # they also tell which
+
+
 def test_every_op_is_called():
     assert set(calls("float32")) == set(SIZES)
 
 
 @pytest.mark.parametrize(("batch", "length"), [(2, 5), (2, 1), (0, 5)], ids=["ordinary", "T=1", "batch 0"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op", [op for op in SIZES if op != "append"])
+@pytest.mark.parametrize("op", [op for op in SIZES if op not in ("append", "scatter")])
 def test_dtype_and_inputs_stay(op, dtype, batch, length):
     args = calls(dtype, batch, length)[op]
     before = [array.copy() for array in arrays(args)]
     for array in arrays(args):
         array.flags.writeable = False
     for result in results(op, args):
-        assert result.dtype == dtype, op
+        assert result.dtype == dtype or (op in SEARCHES and result.dtype == np.int64), op
         assert result.shape[0] == batch
     for array, copy in zip(arrays(args), before, strict=True):
         np.testing.assert_array_equal(array, copy)
@@ -421,6 +431,18 @@ def test_append_writes_its_rows_and_no_others():
     np.testing.assert_array_equal(new, given)
     with pytest.raises(ShapeError, match="the store has 7 rows; rows 6 to 7"):
         ENGINE.append(store, new, 6)
+
+
+def test_scatter_writes_its_rows_and_no_others():
+    store, new = normal(5, 2, 3, dtype="float32"), normal(2, 2, 3, seed=1, dtype="float32")
+    before, given = store.copy(), new.copy()
+    assert ENGINE.scatter(store, new, (3, 0)) is store
+    np.testing.assert_array_equal(store[[3, 0]], new)
+    np.testing.assert_array_equal(store[[1, 2, 4]], before[[1, 2, 4]])
+    np.testing.assert_array_equal(new, given)
+    for rows, part in (((0, 5), new), ((0,), new), ((0, 1), new[:, :1]), ((0, 1), new.astype("float64"))):
+        with pytest.raises(ShapeError, match="scatter: new"):
+            ENGINE.scatter(store, part, rows)
 
 
 @pytest.mark.parametrize("op", SIZES)
