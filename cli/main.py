@@ -27,6 +27,7 @@ COMMANDS = {
     "explain": ".command_explain",
     "models": ".command_models",
     "maps": ".command_maps",
+    "memo": ".command_memo",
 }
 UNSERVED, INTERRUPTED = 2, 130
 

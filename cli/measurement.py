@@ -25,6 +25,7 @@ from refimpl.config import ModelConfig
 from refimpl.errors import ConfigError, InputError, UnsupportedError
 from refimpl.inputs import Inputs, load_input, random_inputs
 from refimpl.model import Prepared, Run, Runner, sequence_length
+from refimpl.parameters import PARAMETERS
 from refimpl.weights import Model, load_model
 
 from . import context, machines, results
@@ -237,25 +238,33 @@ class Bench:
     inputs: Mapping[int, Inputs]
     timing: Timing
     progress: Progress
-    ready: dict[str, Prepared] = field(default_factory=dict)
+    ready: dict[tuple[str, int], Prepared] = field(default_factory=dict)
     caches: dict[str, Cache] = field(default_factory=dict)  # of the length that is being measured
     samples: dict[tuple[str, int], Samples] = field(default_factory=dict)
     fidelity: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.ready = {name: self._prepare(name) for name in self.methods}
+        self.ready = {(name, length): ready for name in self.methods for length, ready in self._prepare(name).items()}
         self.predictions: dict[tuple[str, int], Prediction] = {
-            (name, length): predict(self.request.estimate(name, length, self.ready[name].parameters), self.hardware)
-            for name in self.methods
-            for length in self.request.lengths
+            (name, length): predict(self.request.estimate(name, length, ready.parameters), self.hardware)
+            for (name, length), ready in self.ready.items()
         }
         self._began_s = time.perf_counter()
         self._seen_s = self._expected_s = 0.0  # of all counted passes: how fast this machine is beside the prediction
 
-    def _prepare(self, name: str) -> Prepared:
-        """Let a method find what it needs first, on the longest input; this is no part of its latency."""
-        inputs = self.inputs[self.request.lengths[-1]].array
-        return prepared(self.runner, name, self.request.params.get(name), inputs, self.progress)[0]
+    def _prepare(self, name: str) -> dict[int, Prepared]:
+        """Let a method find what it needs first; this is no part of its latency.
+
+        On the longest input for all lengths, or on each input where what is found fits one length alone.
+        """
+        lengths, given = self.request.lengths, self.request.params.get(name)
+        ready: dict[int, Prepared] = {}
+        for length in reversed(lengths):
+            if not ready or getattr(PARAMETERS[name], "PER_LENGTH", False):
+                inputs = self.inputs[length].array
+                found, _ = prepared(self.runner, name, given, inputs, self.progress, self.request.causal)
+            ready[length] = found
+        return dict(sorted(ready.items()))
 
     def run(self) -> bool:
         """Measure all lengths; False when it was interrupted, with what was seen until then."""
@@ -312,7 +321,7 @@ class Bench:
             self._compare(name, length, plain.output, outputs)
 
     def _pass(self, name: str, length: int, record: bool) -> Run:
-        inputs, ready = self.inputs[length].array, self.ready[name]
+        inputs, ready = self.inputs[length].array, self.ready[name, length]
         cache = self.caches.get(name)
         if cache is None:
             return self.runner(inputs, ready, causal=self.request.causal, record=record)
@@ -330,12 +339,12 @@ class Bench:
             return
         positions = self.request.positions(length)
         for name in self.methods:
-            cache = self.runner.new_cache(positions, self.ready[name], batch=self.request.batch)
+            cache = self.runner.new_cache(positions, self.ready[name, length], batch=self.request.batch)
             self.caches[name] = cache
             if self.request.decodes:
                 self.progress.advance(f"{self._place(length)}, filling the cache of {name}", 0.0)
                 past, _ = self._split(self.inputs[length].array, length)
-                self.runner(past, self.ready[name], causal=self.request.causal, record=False, cache=cache)
+                self.runner(past, self.ready[name, length], causal=self.request.causal, record=False, cache=cache)
 
     def _split(self, inputs: Any, length: int) -> tuple[Any, Any]:
         """The inputs of the cached positions (of whole chunks, if need be of more) and of the new ones."""

@@ -102,7 +102,12 @@ def found(request: Request, input_file: Path, seq: int | None, seed: int, progre
 
 
 def prepared(
-    runner: Runner, method: str, params: Mapping[str, Any] | None, inputs: Array, progress: Progress
+    runner: Runner,
+    method: str,
+    params: Mapping[str, Any] | None,
+    inputs: Array,
+    progress: Progress,
+    causal: bool | None = None,
 ) -> tuple[Prepared, dict[str, Any] | None]:
     """`Runner.prepare`, by what was found before on the same weights, inputs and parameters where there is such.
 
@@ -124,17 +129,26 @@ def prepared(
             progress.note(f"{method} was prepared before, in {document.get('prepared_s')} s")
             progress.line(f"read from {place}")
             return ready, document
-    return _prepared_now(runner, method, params, inputs, place, progress)
+    return _prepared_now(runner, method, params, inputs, place, progress, causal)
 
 
 def _prepared_now(
-    runner: Runner, method: str, params: Mapping[str, Any] | None, inputs: Array, place: Path | None, progress: Progress
+    runner: Runner,
+    method: str,
+    params: Mapping[str, Any] | None,
+    inputs: Array,
+    place: Path | None,
+    progress: Progress,
+    causal: bool | None = None,
 ) -> tuple[Prepared, dict[str, Any] | None]:
     if hasattr(PARAMETERS[method], "to_document"):  # something has to be found
         progress.stage(f"preparing {method}")
     start = time.perf_counter()
-    ready = runner.prepare(method, params, inputs, progress.advance)
+    ready = runner.prepare(method, params, inputs, progress.advance, causal)
     spent = round(time.perf_counter() - start, 3)
+    note = getattr(ready.parameters, "announcement", None)
+    if note and ready.parameters != parameters(method, params, runner.config):
+        progress.note(f"{note()} ({spent} s, which counts for no pass)")
     if not hasattr(ready.parameters, "to_document") or ready.parameters == parameters(method, params, runner.config):
         return ready, None
     document = {**ready.parameters.to_document(), "prepared_s": spent}

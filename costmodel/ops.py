@@ -257,6 +257,35 @@ def _filtered_attention(
     )
 
 
+def _max_pool(b: int, elements: Quantity) -> Cost:
+    return Cost(vector_flops=3 * elements, activation_bytes=4 * elements * b, bytes_written=elements * b)
+
+
+def _nearest(b: int, rows: Quantity, points: Quantity, width: Quantity) -> Cost:
+    # subtract, square, sum: 3 per element; minimum; square root
+    return Cost(
+        vector_flops=rows * (points * (3 * width + 1) + 1),
+        table_bytes=points * width * b,
+        activation_bytes=rows * width * b,
+        bytes_written=rows * (b + INDEX_BYTES),
+    )
+
+
+def _search_graph(b: int, rows: Quantity, compared: Quantity, width: Quantity) -> Cost:
+    # every visit reads a point; neighbours of a node are not counted
+    return Cost(
+        vector_flops=3 * compared * width,
+        table_bytes=compared * width * b,
+        activation_bytes=rows * width * b,
+        bytes_written=rows * (b + INDEX_BYTES),
+    )
+
+
+def _fetch(b: int, elements: Quantity, copied: int) -> Cost:
+    # mapped pages are read by the op that uses them
+    return Cost(table_bytes=copied * elements * b, bytes_written=copied * elements * b)
+
+
 FORMULAS: dict[str, Callable[..., Cost]] = {
     "linear": _linear,
     "project": _linear,
@@ -277,6 +306,12 @@ FORMULAS: dict[str, Callable[..., Cost]] = {
     "rotary": _rotary,
     "concat": _elementwise(0),
     "append": _elementwise(0),
+    "max_pool": _max_pool,
+    "nearest": _nearest,
+    "search_graph": _search_graph,
+    "fetch": _fetch,
+    "take_rows": _elementwise(0),
+    "scatter": _elementwise(0),
     "scores": _scores,
     "add_relative": _add_relative,
     "softmax": _softmax,

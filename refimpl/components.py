@@ -6,6 +6,7 @@ STEM = "stem"
 QKV = "qkv"
 POSITIONS = "positions"
 CACHE = "cache"
+MEMO = "memo"
 SCORES = "scores"
 SOFTMAX = "softmax"
 WEIGHTED_SUM = "weighted-sum"
@@ -23,6 +24,7 @@ COMPONENTS: dict[str, str] = {
     QKV: "query, key and value projections, from one product that reads the input once",
     POSITIONS: "relative-position term: projected table, its scores, the shifted sum; rotary angles",
     CACHE: "new keys and values written into the cache of past positions",
+    MEMO: "attention maps looked up instead of computed: embedding, search, fetching of stored maps",
     SCORES: "query-key products, scaled and masked: the T x T logits",
     SOFTMAX: "row softmax of the logits: the attention map",
     WEIGHTED_SUM: "attention map times values",

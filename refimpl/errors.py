@@ -25,6 +25,10 @@ class WeightsError(EffrefError):
     """Weights are missing, truncated, of the wrong shape, or fail their checksum."""
 
 
+class DatabaseError(EffrefError):
+    """A database of attention maps is missing, damaged, of another model, or cannot be written."""
+
+
 class UnsupportedError(EffrefError):
     """The engine or method cannot run this request; the message lists the reasons."""
 

@@ -183,6 +183,25 @@ def text_ids(model: Model, text: str, seq: int | None = None, notes: list[str] |
     return ids
 
 
+def text_windows(model: Model, text: str, seq: int) -> np.ndarray:
+    """A text cut into windows of exactly `seq` tokens, each with the tokens that the model expects around it.
+
+    Windows follow each other without overlap; what remains at the end is left out.
+
+    Returns
+    -------
+    ids : array, shape (N, seq), int64
+        N is 0 where the text is shorter than one window.
+    """
+    _check_seq(model, seq)
+    before, body, after = encode(model, text)
+    room = seq - len(before) - len(after)
+    if room < 1:
+        raise InputError(f"--seq {seq} leaves no room beside the {len(before) + len(after)} tokens around a text")
+    starts = range(0, len(body) - room + 1, room)
+    return np.array([before + body[start : start + room] + after for start in starts], np.int64).reshape(-1, seq)
+
+
 def encode(model: Model, text: str) -> tuple[list[int], list[int], list[int]]:
     """The ids of a text, and those that the tokenizer puts before and after it."""
     tokenizer = model.tokenizer()

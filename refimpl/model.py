@@ -144,7 +144,7 @@ class Runner:
         self._tables: tuple[Array, ...] = ()
         self._table_length = 0
         self._resized: Array | None = None
-        self._prepared: dict[tuple[str, Any], Prepared] = {}
+        self._prepared: dict[tuple[str, Any, tuple[int, bool] | None], Prepared] = {}
 
     def prepare(
         self,
@@ -152,8 +152,11 @@ class Runner:
         params: Mapping[str, Any] | None = None,
         inputs: Array | None = None,
         progress: Progress | None = None,
+        causal: bool | None = None,
     ) -> Prepared:
         """Make a method ready: find what it needs beforehand, derive its weights; once per method and parameters.
+
+        A method whose preparation fits one length alone is prepared once per length.
 
         Parameters
         ----------
@@ -163,6 +166,8 @@ class Runner:
             To calibrate on, where the method does that.
         progress : callable, optional
             Called with a message and the fraction done.
+        causal : bool, optional
+            Overrides the model's own in the passes that it is prepared for.
 
         Raises
         ------
@@ -170,14 +175,21 @@ class Runner:
             Unknown method or parameter; parameters that do not fit the model; nothing to calibrate on.
         """
         given = parameters(method, params, self.config)
-        if (method, given) not in self._prepared:
-            subject = Subject(self.model, self.engine, inputs)
+        key = (method, given, self._passes_of(given, inputs, causal))
+        if key not in self._prepared:
+            subject = Subject(self.model, self.engine, inputs, causal=causal)
             kind = PROGRAMS[method]
             complete = kind.complete(given, replace(subject, progress=progress) if progress else subject)
             weights = kind.derive(self.model.weights, self.config, complete)
             placed = self.weights if weights is self.model.weights else _placed(weights, self.engine)
-            self._prepared[method, given] = Prepared(method, complete, placed, self.config)
-        return self._prepared[method, given]
+            self._prepared[key] = Prepared(method, complete, placed, self.config)
+        return self._prepared[key]
+
+    def _passes_of(self, given: Any, inputs: Array | None, causal: bool | None) -> tuple[int, bool] | None:
+        """The length, and whether causal, of the passes that a method is prepared for, where that matters."""
+        if inputs is None or not getattr(given, "PER_LENGTH", False):
+            return None
+        return sequence_length(self.config, inputs), self.config.causal if causal is None else causal
 
     def new_cache(
         self, capacity: int, method: str | Prepared = "dense", params: Mapping[str, Any] | None = None, batch: int = 1
@@ -214,7 +226,7 @@ class Runner:
         """See `forward`; `method` may also be prepared, or a fresh program that reads the exact model's weights."""
         check_inputs(self.config, inputs)
         if isinstance(method, str):
-            method = self.prepare(method, params, inputs)
+            method = self.prepare(method, params, inputs, causal=causal)
         causal = self.config.causal if causal is None else causal
         if not self.config.streams:
             return self._pass(inputs, method, causal, mask, record, cache)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -173,6 +174,23 @@ def latte_parameters(draw: Any, config: ModelConfig) -> dict[str, Any]:
 
 
 @st.composite
+def attmemo_parameters(draw: Any, config: ModelConfig) -> dict[str, Any]:
+    """Any parameters of attmemo on its own inputs; off where the model has relative positions or streams."""
+    if config.position == "relative" or config.streams:
+        return {"tau": draw(st.sampled_from([1.1, 2]))}
+    given: dict[str, Any] = {
+        "tau": draw(st.sampled_from([0, 0.5, 0.9, 0.99, 1.5])),
+        "skip_layers": draw(st.integers(0, config.layers)),
+        "transfer": draw(st.sampled_from(["copy", "map"] if sys.platform == "linux" else ["copy"])),
+        "heads": draw(st.sampled_from(["all", "first"])),
+        "epochs": draw(st.integers(0, 1)),
+    }
+    if draw(st.booleans()):
+        given["layers"] = sorted(draw(st.sets(st.integers(0, config.layers - 1))))
+    return given
+
+
+@st.composite
 def kvsharer_parameters(draw: Any, config: ModelConfig) -> dict[str, Any]:
     """Any strategy of kvsharer that fits the model; chains among its pairs, and none at all."""
     shared = draw(st.permutations(sorted(draw(st.sets(st.integers(1, max(config.layers - 1, 1)))))))
@@ -243,6 +261,7 @@ PARAMETERS = {
     "reuse": reuse_parameters,
     "folding": folding_parameters,
     "svd-softmax": svd_softmax_parameters,
+    "attmemo": attmemo_parameters,
     "latte": latte_parameters,
     "kvsharer": kvsharer_parameters,
     "headshare": headshare_parameters,

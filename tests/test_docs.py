@@ -26,7 +26,7 @@ from strategies import ON_HEADS
 
 import costmodel
 from costmodel.methods import COSTS
-from refimpl.components import ATTENTION, COMPONENTS, HEAD, OUTPUT, POSITIONS, QKV, SCORES, SOFTMAX, WEIGHTED_SUM
+from refimpl.components import ATTENTION, COMPONENTS, HEAD, MEMO, OUTPUT, POSITIONS, QKV, SCORES, SOFTMAX, WEIGHTED_SUM
 from refimpl.config import ModelConfig, Workload
 from refimpl.methods import CATALOG
 from refimpl.methods.programs import PROGRAMS
@@ -167,7 +167,7 @@ B, T, N, V = sympy.symbols("B T N V", integer=True, positive=True)
 d, f, H, HKV, HALF = sympy.symbols("d f H Hkv h", integer=True, positive=True)
 D = 2 * HALF  # even, as rotary positions need it
 FIGURES = ("matmul_flops", "vector_flops", "bytes_read", "bytes_written")
-SUBLAYER = (QKV, POSITIONS, SCORES, SOFTMAX, WEIGHTED_SUM, ATTENTION, OUTPUT)
+SUBLAYER = (QKV, POSITIONS, MEMO, SCORES, SOFTMAX, WEIGHTED_SUM, ATTENTION, OUTPUT)
 FORMULAS = [
     pytest.param(what, rows, id=f"{page.stem}: {what}")
     for page in sorted((DOCS / "methods").glob("*.md"))

@@ -16,6 +16,7 @@ COSTS: Registry[type[Dense]] = Registry(
         "reuse": "costmodel.methods.reuse:Reuse",
         "folding": "costmodel.methods.folding:Folding",
         "svd-softmax": "costmodel.methods.svd_softmax:SVDSoftmax",
+        "attmemo": "costmodel.methods.attmemo:AttMemo",
         "latte": "costmodel.methods.latte:Latte",
         "kvsharer": "costmodel.methods.kvsharer:KVSharer",
         "headshare": "costmodel.methods.headshare:HeadShare",

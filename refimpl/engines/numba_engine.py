@@ -29,8 +29,10 @@ from refimpl.engines.numba_kernels import (
 )
 from refimpl.engines.numba_kernels.attention import fused_attention, fused_relative_attention
 from refimpl.errors import ShapeError
+from refimpl.memo.mapping import check_rows, gather
 
 Array = Any
+NEAREST_BLOCK = 1024  # points compared with a query at a time
 
 
 class NumbaEngine:
@@ -248,6 +250,51 @@ class NumbaEngine:
         check.expect("append", expected, fits, store=store, new=new)
         store[:, :, start:stop] = new
         return store[:, :, :stop]
+
+    # --- stored maps ----------------------------------------------------------------------------------------
+
+    def max_pool(self, x: Array) -> Array:
+        check.expect("max_pool", "x (B, T, d)", x.ndim == 3, x=x)
+        rows, columns = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
+        upper, lower = x[:, 0:rows:2, :columns], x[:, 1:rows:2, :columns]
+        tall = np.maximum(upper, lower, out=self._empty(upper.shape, x))  # (B, T // 2, d)
+        return np.maximum(tall[:, :, 0::2], tall[:, :, 1::2], out=self._empty((*upper.shape[:2], columns // 2), x))
+
+    def nearest(self, x: Array, points: Array) -> tuple[Array, Array]:
+        fits = x.ndim == points.ndim == 2 and x.shape[1] == points.shape[1] and len(points) > 0
+        check.expect("nearest", "x (B, w), points (N, w), N > 0", fits, x=x, points=points)
+        distances, found = np.full(len(x), np.inf, x.dtype), np.zeros(len(x), np.int64)
+        for start in range(0, len(points), NEAREST_BLOCK):  # so that differences stay in the cache
+            block = points[start : start + NEAREST_BLOCK]
+            for b, query in enumerate(x):
+                difference = block - query  # (n, w)
+                squared = np.einsum("nw,nw->n", difference, difference)
+                row = int(squared.argmin())
+                distance = np.sqrt(squared[row])
+                if distance < distances[b]:
+                    distances[b], found[b] = distance, start + row
+        return distances, found
+
+    def search_graph(self, x: Array, index: Any) -> tuple[Array, Array]:
+        distances, rows = index.search(x)
+        return distances, rows
+
+    def fetch(self, records: Any, rows: tuple[int | None, ...], transfer: str) -> Array:
+        layout = records.layout
+        out = self.buffers.empty((len(rows), *layout.shape), layout.dtype) if transfer == "copy" else None
+        return gather(records, rows, transfer, out)
+
+    def take_rows(self, x: Array, rows: tuple[int, ...]) -> Array:
+        out = self._empty((len(rows), *x.shape[1:]), x)
+        for i, b in enumerate(rows):
+            out[i] = x[b]
+        return out
+
+    def scatter(self, store: Array, new: Array, rows: tuple[int, ...]) -> Array:
+        check_rows("scatter", store, new, rows)
+        for i, b in enumerate(rows):
+            store[b] = new[i]
+        return store
 
     # --- attention ------------------------------------------------------------------------------------------
 

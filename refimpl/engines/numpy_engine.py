@@ -12,6 +12,7 @@ import numpy as np
 
 from refimpl.engines.protocol import Array
 from refimpl.errors import ShapeError
+from refimpl.memo.mapping import check_rows, gather
 
 QUERY_BLOCK = 64  # rows of the map that the fused op holds at a time; changes memory, not the function
 
@@ -164,6 +165,40 @@ class NumpyEngine:
 
             self._erf = erf
         return self.xp.astype(self._erf(x), x.dtype, copy=False)  # SciPy has no float16
+
+    # --- stored maps --------------------------------------------------------------------------------------------
+
+    def max_pool(self, x: Array) -> Array:
+        rows, columns = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
+        upper, lower = x[:, 0:rows:2, :columns], x[:, 1:rows:2, :columns]
+        tall = self.xp.maximum(upper, lower)  # (B, T // 2, d)
+        return self.xp.maximum(tall[:, :, 0::2], tall[:, :, 1::2])
+
+    def nearest(self, x: Array, points: Array) -> tuple[Array, Array]:
+        distances = self.xp.zeros((x.shape[0],), dtype=x.dtype)
+        rows = self.xp.zeros((x.shape[0],), dtype=self.xp.int64)
+        for b in range(x.shape[0]):
+            difference = points - x[b : b + 1, :]  # (N, w)
+            squared = self.xp.sum(difference * difference, axis=-1, dtype=x.dtype)  # (N,)
+            rows[b] = self.xp.argmin(squared)
+            distances[b] = self.xp.sqrt(self.xp.min(squared))
+        return distances, rows
+
+    def search_graph(self, x: Array, index: Any) -> tuple[Array, Array]:
+        distances, rows = index.search(self.to_numpy(x))
+        return self.xp.asarray(distances), self.xp.asarray(rows)
+
+    def fetch(self, records: Any, rows: tuple[int | None, ...], transfer: str) -> Array:
+        return self.xp.asarray(gather(records, rows, transfer))
+
+    def take_rows(self, x: Array, rows: tuple[int, ...]) -> Array:
+        return self.xp.concat([x[b : b + 1, ...] for b in rows], axis=0) if rows else x[:0, ...]
+
+    def scatter(self, store: Array, new: Array, rows: tuple[int, ...]) -> Array:
+        check_rows("scatter", store, new, rows)
+        for i, b in enumerate(rows):
+            store[b, ...] = new[i, ...]
+        return store
 
     # --- attention ----------------------------------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 
 A method calls ``at(COMPONENT).op(...)`` and never asks which engine runs it. Letters: B batch, T length (Tq queries,
 Tk keys), d width, H heads (Hkv of keys and values), D head width. Hidden states are (B, T, d), heads (B, H, T, D).
-Ops never modify their inputs, `append` and `refine` excepted, and the dtype that goes in comes out (but for `top`).
+Ops never modify their inputs, `append`, `refine` and `scatter` excepted, and the dtype that goes in comes out, but for
+indices and codes.
 
 Cost conventions (the formulas are ``costmodel.ops``): a multiply-add is 2 FLOPs; matrix and vector FLOPs are apart; one
 exp, erf, division, maximum or addition is one vector FLOP; bytes are what an op must move: the elements of its operands
@@ -11,6 +12,7 @@ that it uses, read once, and its result, written once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -111,7 +113,30 @@ class Engine(Protocol):
 
     def append(self, store: Array, new: Array, start: int) -> Array:
         """Write new (B, H, T, D) into rows start to start + T - 1 of store (B, H, S, D), in place; the rows filled so
-        far (B, H, start + T, D), a view. Modifies its first operand."""
+        far (B, H, start + T, D), a view."""
+
+    # --- stored maps --------------------------------------------------------------------------------------------
+    # `rows` are whole numbers that the program knows: a tuple, not an array.
+
+    def max_pool(self, x: Array) -> Array:
+        """The largest of each 2 x 2 elements: (B, T, d) -> (B, T // 2, d // 2); an odd last one is left out."""
+
+    def nearest(self, x: Array, points: Array) -> tuple[Array, Array]:
+        """Of each row of x (B, w) the Euclidean distance to the nearest of points (N, w), N > 0, and which that is:
+        (B,) and (B,) of int64; the first of equally near ones."""
+
+    def search_graph(self, x: Array, index: Any) -> tuple[Array, Array]:
+        """As `nearest`, by ``index.search`` on the host: most often the nearest."""
+
+    def fetch(self, records: Any, rows: tuple[int | None, ...], transfer: str) -> Array:
+        """Stored maps (H, T, S) as one batch (B, H, T, S): mapped into memory without a copy, or copied; those of None
+        are left for `scatter`. `records` as `refimpl.memo.mapping.gather` takes them."""
+
+    def take_rows(self, x: Array, rows: tuple[int, ...]) -> Array:
+        """These sequences of a batch: (B, ...) -> (n, ...)."""
+
+    def scatter(self, store: Array, new: Array, rows: tuple[int, ...]) -> Array:
+        """Write new (n, ...) into these sequences of store (B, ...), in place; returns store."""
 
     # --- attention ----------------------------------------------------------------------------------------------
     # A mask is a bool array that broadcasts to (B, H, Tq, Tk); True where a query may look. With `causal`, query i
@@ -253,6 +278,31 @@ def _append(store: Array, new: Array, start: int) -> Sizes:
     return {"elements": new.size}
 
 
+def _max_pool(x: Array) -> Sizes:
+    return {"elements": x.shape[0] * (x.shape[1] // 2) * (x.shape[2] // 2)}
+
+
+def _nearest(x: Array, points: Array) -> Sizes:
+    return {"rows": x.shape[0], "points": points.shape[0], "width": x.shape[1]}
+
+
+def _search_graph(x: Array, index: Any) -> Sizes:
+    return {"rows": x.shape[0], "compared": index.compared, "width": x.shape[1]}  # noted after the call
+
+
+def _fetch(records: Any, rows: tuple[int | None, ...], transfer: str) -> Sizes:
+    found = sum(row is not None for row in rows)
+    return {"elements": found * math.prod(records.layout.shape), "copied": int(transfer == "copy")}
+
+
+def _take_rows(x: Array, rows: tuple[int, ...]) -> Sizes:
+    return {"elements": len(rows) * math.prod(x.shape[1:])}
+
+
+def _scatter(store: Array, new: Array, rows: tuple[int, ...]) -> Sizes:
+    return {"elements": new.size}
+
+
 def _maps(x: Array) -> int:
     return int(x.shape[0] * x.shape[1])
 
@@ -345,6 +395,12 @@ SIZES: dict[str, Callable[..., Sizes]] = {
     "rotary": _rotary,
     "concat": _concat,
     "append": _append,
+    "max_pool": _max_pool,
+    "nearest": _nearest,
+    "search_graph": _search_graph,
+    "fetch": _fetch,
+    "take_rows": _take_rows,
+    "scatter": _scatter,
     "scores": _scores,
     "add_relative": _add_relative,
     "softmax": _softmax,

@@ -67,6 +67,14 @@ CATALOG: dict[str, Method] = {
         "z_i += R[i, W:] . g[W:] for the N largest",
         reading="W and N by default, selection by threshold, ties, the two copies of R, weighting by activations",
     ),
+    "attmemo": Method(
+        title="attention maps looked up in a database",
+        paper="Feng et al., arXiv 2301.09262",
+        exact=False,
+        model="minilm-l6",
+        equation="D = min_i |f(X) - f(X_i)|; 1 - D >= tau: Y = A_i (X Wv^T) Wo^T, A_i the stored map; else as dense",
+        reading="a network and an index per layer, exact search, padding left out of distances, all heads in a record",
+    ),
     "latte": Method(
         title="keys filtered by 4-bit estimates, a threshold for each head",
         paper="Wang, Lin, Wu, arXiv 2404.07519",

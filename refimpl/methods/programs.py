@@ -16,6 +16,7 @@ PROGRAMS: Registry[type[Dense]] = Registry(
         "reuse": "refimpl.methods.reuse:Reuse",
         "folding": "refimpl.methods.folding:Folding",
         "svd-softmax": "refimpl.methods.svd_softmax:SVDSoftmax",
+        "attmemo": "refimpl.methods.attmemo:AttMemo",
         "latte": "refimpl.methods.latte:Latte",
         "kvsharer": "refimpl.methods.kvsharer:KVSharer",
         "headshare": "refimpl.methods.headshare:HeadShare",

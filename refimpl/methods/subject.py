@@ -31,9 +31,17 @@ class Subject:
         As `refimpl.forward` takes them; None where a method is prepared without.
     progress : callable
         Told of long work.
+    causal : bool or None
+        Whether passes will be causal; None where they are as the model is.
     """
 
     model: Model
     engine: Engine
     inputs: Array | None = None
     progress: Progress = _silent
+    causal: bool | None = None
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether passes will be causal."""
+        return self.model.config.causal if self.causal is None else self.causal

@@ -14,6 +14,7 @@ PARAMETERS: Registry[type[Any]] = Registry(
         "reuse": "refimpl.parameters.reuse:ReuseParameters",
         "folding": "refimpl.parameters.folding:FoldingParameters",
         "svd-softmax": "refimpl.parameters.svd_softmax:SVDSoftmaxParameters",
+        "attmemo": "refimpl.parameters.attmemo:AttMemoParameters",
         "latte": "refimpl.parameters.latte:LatteParameters",
         "kvsharer": "refimpl.parameters.kvsharer:KVSharerParameters",
         "headshare": "refimpl.parameters.headshare:HeadShareParameters",

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from memo_data import listed
 
 from costmodel.ops import FORMULAS
 from refimpl.engines.numpy_engine import NumpyEngine
 from refimpl.engines.protocol import OUTCOMES, SIZES
+from refimpl.memo.index import GraphIndex
 
 B, T, d, H, D, f, V = 1, 512, 256, 4, 64, 1024, 5000
 RNG = np.random.default_rng(0)
@@ -52,6 +54,12 @@ ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "concat": lambda: ((HEADS, array(B, H, T, D)), 1),
     "append": lambda: (CACHE[0].copy(), array(B, 3, 1, D), 1024),
     "block_linear": lambda: (array(B, T, 4 * d), array(4, d, d), array(4 * d)),
+    "max_pool": lambda: (HIDDEN,),
+    "nearest": lambda: (array(8, 128), array(2000, 128)),
+    "search_graph": lambda: (array(8, 128), GraphIndex(array(2000, 128))),
+    "fetch": lambda: (listed(array(8, H, 128, 128)), (3, 1, 5, 0), "copy"),
+    "take_rows": lambda: (array(8, 128, d), (3, 1, 5, 0)),
+    "scatter": lambda: (array(8, H, 128, 128), array(4, H, 128, 128), (3, 1, 5, 0)),
     "scores": lambda: (HEADS, array(B, H, T, D), 0.125),
     "add_relative": lambda: (MAP, array(B, H, T, 2 * T - 1)),
     "softmax": lambda: (MAP,),

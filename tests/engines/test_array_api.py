@@ -7,6 +7,7 @@ import array_api_strict
 import numpy as np
 import pytest
 import scipy.special
+from memo_data import ExactIndex, listed
 
 import refimpl
 from refimpl.config import ModelConfig
@@ -70,6 +71,12 @@ def cases(dtype):
         "rotary": [(q, half, half, True), (q, half, half, False)],
         "concat": [((x, x[:, :2]), 1)],
         "append": [(np.zeros((2, k.shape[1], 9, k.shape[3]), dtype), k, 2)],
+        "max_pool": [(x,), (x[:, :1],)],
+        "nearest": [(normal(dtype, 3, 6), normal(dtype, 7, 6)), (normal(dtype, 0, 6), normal(dtype, 7, 6))],
+        "search_graph": [(normal(dtype, 3, 6), ExactIndex(normal(dtype, 7, 6)))],
+        "fetch": [(listed(normal(dtype, 3, 4, 5, 5)), (2, 0, 2), "copy")],
+        "take_rows": [(x, (1, 0, 1)), (x, ())],
+        "scatter": [(np.zeros((3, 4, 2), dtype), normal(dtype, 2, 4, 2), (2, 0))],
         "scores": [
             (q, k, 0.4), (q, k, 0.4, True), (q, k, 0.4, False, mask), (q, k[:1], 0.4, True, mask),
             (q, k, 1.0, False, keys),

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cuda_emulation import HostCupy
+from memo_data import listed
 
 import refimpl
 from refimpl.config import ModelConfig
@@ -256,6 +257,25 @@ def test_append_writes_its_rows_and_returns_a_view(engine, dtype):
     expected[:, :, 4:6] = new.transpose(0, 2, 1, 3)
     np.testing.assert_array_equal(engine.to_numpy(store), expected)
     np.testing.assert_array_equal(engine.to_numpy(filled), expected[:, :, :6])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stored_maps_are_found_fetched_and_placed(engine, dtype):
+    compare(engine, "max_pool", normal(dtype, 2, 7, 10))
+    compare(engine, "take_rows", normal(dtype, 4, 3, 5), (3, 0))
+    x, points, maps = normal(dtype, 3, 128), normal(dtype, 40, 128), normal(dtype, 4, 2, 5, 5)
+    distances, rows = engine.nearest(engine.asarray(x), engine.asarray(points))
+    truth = np.linalg.norm(x[:, None].astype(np.float64) - points.astype(np.float64), axis=-1)
+    found, tolerance = engine.to_numpy(rows), 20 * np.finfo(dtype).eps  # rounding may decide between near ties
+    np.testing.assert_allclose(truth[range(3), found], truth.min(1), rtol=tolerance)
+    np.testing.assert_allclose(engine.to_numpy(distances), truth.min(1), rtol=tolerance)
+    fetched = engine.fetch(listed(maps), (2, None, 0), "copy")
+    placed = engine.scatter(fetched, engine.asarray(maps[3:]), (1,))
+    np.testing.assert_array_equal(engine.to_numpy(placed), maps[[2, 3, 0]])
+    with pytest.raises(ShapeError, match="points"):
+        engine.nearest(engine.asarray(x), engine.asarray(points[:, :5]))
+    with pytest.raises(ShapeError, match="scatter"):
+        engine.scatter(fetched, engine.asarray(maps[3:]), (3,))
 
 
 @pytest.mark.parametrize(
@@ -602,6 +622,7 @@ METHODS = [
     ("dense", {}), ("flash", {}), ("reuse", {"group": 2}), ("reuse", {"group": 4, "heads": 3}),
     ("reuse", {"group": 2, "heads": 1, "share": "scores", "head_order": "keep"}),
     ("folding", {}), ("folding", {"mask": "subtoken", "fused": True}),
+    ("attmemo", {"epochs": 0, "tau": 0.5}),
     ("efficientasr", {"group": 1, "score_residual": 0.5, "band": 3}),
     ("efficientasr", {"band": 2, "band_penalty": 1.5, "ffn_chunks": 4, "ffn_tied": True}),
 ]  # fmt: skip
@@ -633,6 +654,8 @@ def test_forward_is_accurate(engine, config, method, params, causal, dtype, monk
         params = {"group": 2, "share": "scores"}
     if method == "folding" and config.position == "relative":
         params = {"fold": 1, "fold_ffn": 2}
+    if method == "attmemo" and config.position == "relative":
+        params = {"tau": 1.1}
     model = refimpl.load_model(config, dtype=dtype)
     inputs = inputs_for(config)
     inputs = inputs if config.stem == "tokens" else inputs.astype(dtype)

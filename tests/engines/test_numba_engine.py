@@ -18,15 +18,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memo_data import listed
 from scipy.special import erf
 
+from refimpl.engines import numba_engine
 from refimpl.engines.buffers import SMALLEST_BYTES, Buffers
 from refimpl.engines.numba_engine import NumbaEngine
 from refimpl.engines.numba_kernels import elementwise, layout, rows
+from refimpl.engines.numpy_engine import NumpyEngine
 from refimpl.errors import ConfigError, ShapeError, UnsupportedError
 
 Array = Any
-ENGINE = NumbaEngine()
+ENGINE, NUMPY = NumbaEngine(), NumpyEngine()
 ROOT = Path(__file__).parents[2]
 INF, NAN = math.inf, math.nan
 PROPERTY = settings(max_examples=40, deadline=None)
@@ -305,6 +308,46 @@ def test_embedding_and_concat_copy_exactly() -> None:
     parts = (normal((2, 3, 4, 5)), normal((2, 3, 1, 5)))
     np.testing.assert_array_equal(ENGINE.concat(parts, 2), np.concatenate(parts, 2))
     np.testing.assert_array_equal(ENGINE.concat(parts, -2), np.concatenate(parts, 2))
+
+
+# --- stored maps ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", [(3, 8, 10), (2, 7, 5), (1, 1, 4), (0, 4, 4)])
+def test_max_pool_equals_the_equation(shape: tuple[int, ...], dtype: str) -> None:
+    x = normal(shape).astype(dtype)
+    np.testing.assert_array_equal(ENGINE.max_pool(x), NUMPY.max_pool(x))
+    np.testing.assert_array_equal(ENGINE.max_pool(x[:, ::-1]), NUMPY.max_pool(x[:, ::-1]))
+
+
+@pytest.mark.parametrize("points", [1, 5, numba_engine.NEAREST_BLOCK, 2 * numba_engine.NEAREST_BLOCK + 3])
+@pytest.mark.parametrize("shift", [0.0, 100.0])
+def test_nearest_is_within_twice_the_error_of_the_equation(points: int, shift: float) -> None:
+    """Also far from the origin, where squares minus products cancel."""
+    x, stored = (shift + normal((n, 128)).astype(np.float32) for n in (6, points))
+    x[1] = stored[points // 2]
+    truth, rows = NUMPY.nearest(x.astype(np.float64), stored.astype(np.float64))
+    plain, fast = NUMPY.nearest(x, stored), ENGINE.nearest(x, stored)
+    assert np.abs(fast[0] - truth).max() <= 2 * np.abs(plain[0] - truth).max() + 1e-6
+    assert fast[0][1] == 0.0
+    np.testing.assert_array_equal(fast[1], rows)
+
+
+def test_equally_near_points_give_the_first() -> None:
+    stored = np.ones((2 * numba_engine.NEAREST_BLOCK, 4), np.float32)
+    for engine in (ENGINE, NUMPY):
+        assert list(engine.nearest(np.ones((2, 4), np.float32), stored)[1]) == [0, 0]
+
+
+def test_fetch_take_rows_and_scatter_move_what_they_name() -> None:
+    maps, x = normal((4, 2, 3, 3)).astype(np.float32), normal((5, 3, 4)).astype(np.float32)
+    fetched = ENGINE.fetch(listed(maps), (2, None, 0), "copy")
+    np.testing.assert_array_equal(fetched[[0, 2]], maps[[2, 0]])
+    assert ENGINE.scatter(fetched, maps[3:], (1,)) is fetched
+    np.testing.assert_array_equal(fetched, maps[[2, 3, 0]])
+    np.testing.assert_array_equal(ENGINE.take_rows(x, (4, 1)), x[[4, 1]])
+    assert ENGINE.take_rows(x, ()).shape == (0, 3, 4)
 
 
 # --- inputs that break things ---------------------------------------------------------------------------------------
@@ -626,6 +669,10 @@ Z = np.zeros
             lambda f: ENGINE.scores(Z((1, 3, 4, 6), f), Z((1, 2, 4, 6), f), 1.0),
             ["q (1, 3, 4, 6)", "k (1, 2, 4, 6)"],
         ),
+        (lambda f: ENGINE.max_pool(Z((3, 4), f)), ["x (3, 4)"]),
+        (lambda f: ENGINE.nearest(Z((3, 4), f), Z((3, 5), f)), ["x (3, 4)", "points (3, 5)"]),
+        (lambda f: ENGINE.nearest(Z((3, 4), f), Z((0, 4), f)), ["points (0, 4)"]),
+        (lambda f: ENGINE.scatter(Z((3, 4), f), Z((1, 4), f), (3,)), ["(1, 4)", "(3, 4)", "(3,)"]),
         (lambda f: ENGINE.softmax(Z((3, 4), f)), ["scores (3, 4)"]),
         (lambda f: ENGINE.top(Z((3, 4), f), 5), ["z (3, 4)", "V >= 5"]),
         (lambda f: ENGINE.top(Z((3, 4), f), 0), ["z (3, 4)", "0 >= 1"]),

@@ -14,12 +14,13 @@ import scipy.linalg
 import scipy.special
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memo_data import ExactIndex, listed
 
 from refimpl.engines.numpy_engine import QUERY_BLOCK, NumpyEngine, visible_keys
 from refimpl.engines.protocol import SIZES
 from refimpl.errors import ShapeError
 
-IN_PLACE = ("append", "refine")
+IN_PLACE = ("append", "refine", "scatter")
 ENGINE = NumpyEngine()
 DTYPES = ("float16", "float32", "float64")
 EXAMPLES = settings(max_examples=60, deadline=None)
@@ -371,6 +372,12 @@ def calls(dtype, batch=2, length=5):
         "rotary": (q, half, half, True),
         "concat": ((x, x), 1),
         "append": (np.zeros((batch, 4, length + 3, 6), dtype), k, 2),
+        "max_pool": (x,),
+        "nearest": (normal(batch, 6, dtype=dtype), normal(9, 6, seed=1, dtype=dtype)),
+        "search_graph": (normal(batch, 6, dtype=dtype), ExactIndex(normal(9, 6, seed=1, dtype=dtype))),
+        "fetch": (listed(normal(3, 4, 5, 5, dtype=dtype)), (2, 0)[:batch], "copy"),
+        "take_rows": (x, (1, 0)[:batch]),
+        "scatter": (np.zeros((batch, 4, 2), dtype), normal(batch, 4, 2, dtype=dtype), (1, 0)[:batch]),
         "scores": (q, k, 0.3, True, mask),
         "add_relative": (weights, normal(batch, 4, length, 2 * length - 1, dtype=dtype)),
         "softmax": (weights, True),
@@ -446,6 +453,18 @@ def test_refine_writes_its_candidates_and_no_others():
     ENGINE.refine(z, ids, weight, g, True)
     np.testing.assert_allclose(z[1, [5, 6]], weight[[5, 6]] @ g[1], rtol=1e-6)
     np.testing.assert_array_equal(z[1, :5], before[1, :5])
+
+
+def test_scatter_writes_its_rows_and_no_others():
+    store, new = normal(5, 2, 3, dtype="float32"), normal(2, 2, 3, seed=1, dtype="float32")
+    before, given = store.copy(), new.copy()
+    assert ENGINE.scatter(store, new, (3, 0)) is store
+    np.testing.assert_array_equal(store[[3, 0]], new)
+    np.testing.assert_array_equal(store[[1, 2, 4]], before[[1, 2, 4]])
+    np.testing.assert_array_equal(new, given)
+    for rows, part in (((0, 5), new), ((0,), new), ((0, 1), new[:, :1]), ((0, 1), new.astype("float64"))):
+        with pytest.raises(ShapeError, match="scatter: new"):
+            ENGINE.scatter(store, part, rows)
 
 
 @pytest.mark.parametrize("op", SIZES)

@@ -1,0 +1,244 @@
+"""Databases of attention maps for ``attmemo``: built from texts, inspected, and profiled on text that was held out."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import costmodel
+from costmodel.hardware import Hardware
+from costmodel.predict import predict
+from refimpl.components import MEMO, QKV, SCORES, SOFTMAX
+from refimpl.config import Workload
+from refimpl.engines import engine as get_engine
+from refimpl.errors import ConfigError, InputError
+from refimpl.inputs import read_text, sample, text_windows
+from refimpl.memo.building import Plan, build, describe
+from refimpl.memo.database import Database, Writer
+from refimpl.memo.memo import Memo
+from refimpl.methods.subject import Subject
+from refimpl.model import Run, Runner
+from refimpl.weights import Model, load_model
+
+from . import machines
+from .agreement import Agreement
+from .context import cores
+from .progress import Progress
+
+SAMPLES = ("moby-dick", "union")  # the texts that come along
+
+
+@dataclass(frozen=True)
+class Source:
+    """Texts, and how they are cut."""
+
+    files: tuple[Path, ...]
+    seq: int
+    sequences: int | None
+    held_out: float
+
+    def windows(self, model: Model) -> tuple[np.ndarray, np.ndarray]:
+        """Windows to keep and windows held out, the last part of each text: (N, T) and (M, T)."""
+        kept, held = [], []
+        for path in self.files or tuple(sample(name) for name in SAMPLES):
+            if path.suffix.lower() != ".txt":
+                raise InputError(f"{path}: a database is built from texts; give files that end in .txt")
+            if not path.is_file():
+                raise InputError(f"there is no file {path}: give a text")
+            found = text_windows(model, read_text(path), self.seq)
+            first = len(found) - round(self.held_out * len(found))
+            kept.append(found[:first])
+            held.append(found[first:])
+        train, test = np.concatenate(kept), np.concatenate(held)
+        if self.sequences is not None:
+            train = train[np.linspace(0, len(train) - 1, min(self.sequences, len(train))).round().astype(int)]
+        if len(train) < 2:
+            raise InputError(f"the texts have {len(train)} windows of {self.seq} tokens to keep; at least 2 are needed")
+        return train, test
+
+
+def build_database(
+    folder: Path, model_name: str, source: Source, plan: Plan, seed: int, dtype: str, progress: Progress
+) -> dict[str, Any]:
+    """Build a database, or go on with one that was begun; what it holds."""
+    progress.stage(f"loading {model_name}")
+    model = load_model(model_name, seed=seed, dtype=dtype)
+    progress.note(f"{model.config.name}: {model.source}")
+    train, held = source.windows(model)
+    progress.note(f"{len(train)} windows of {source.seq} tokens are kept, {len(held)} are held out")
+    started = time.perf_counter()
+    engine = get_engine("numba")
+    progress.stage("building")
+    build(folder, Subject(model, engine, train, progress.advance), plan)
+    stream = io.BytesIO()
+    np.save(stream, held)
+    with Writer(folder) as writer:
+        writer.put("held-out", stream.getvalue())
+        writer.note("model", model_name)
+        writer.commit()
+    progress.note(f"built in {time.perf_counter() - started:.1f} s")
+    return inspect_database(folder, verify=False)
+
+
+def inspect_database(folder: Path, verify: bool = True) -> dict[str, Any]:
+    """What a database holds; all bytes are compared with their checksums, unless that is not wanted."""
+    with Database(folder, verify=verify) as database:
+        found = {"folder": str(folder), "verified": verify, **describe(database)}
+        return {**found, "profile": database.notes.get("profile")}
+
+
+def thresholds(given: str) -> tuple[float, ...]:
+    """Numbers by comma; ConfigError where one is none from 0 to 1."""
+    try:
+        found = tuple(float(part) for part in given.split(","))
+    except ValueError:
+        found = ()
+    if not found or not all(0 <= one <= 1 for one in found):
+        raise ConfigError(f"--taus {given}; give numbers from 0 to 1 by comma, as 0.95,0.9,0.8")
+    return found
+
+
+# --- the profile ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Bench:
+    """A database, the model that it is of, and sequences that it does not hold."""
+
+    memo: Memo
+    runner: Runner
+    batches: list[np.ndarray]  # (B, T) each
+    hardware: Hardware
+    repeats: int
+    progress: Progress
+    transfer: str
+
+    @property
+    def workload(self) -> Workload:
+        return Workload(seq=self.memo.about.length, batch=len(self.batches[0]), causal=self.memo.about.causal)
+
+    def passes(self, methods: dict[str, Any]) -> dict[str, list[Run]]:
+        """Recorded passes of each method on each batch, in turns; of each the fastest of all rounds."""
+        best: dict[str, list[Run]] = {}
+        for round_ in range(self.repeats + 1):  # the first warms up
+            self.progress.advance(f"measuring, round {round_ + 1}", round_ / (self.repeats + 1))
+            for name, ready in methods.items():
+                runs = [self.runner(ids, ready, causal=self.memo.about.causal) for ids in self.batches]
+                if round_ < 2:
+                    best[name] = runs
+                else:
+                    pairs = zip(best[name], runs, strict=True)
+                    best[name] = [min(pair, key=lambda run: run.seconds) for pair in pairs]
+        return best
+
+    def ready(self, **params: Any) -> Any:
+        given = {"database": self.memo, "transfer": self.transfer, **params}
+        return self.runner.prepare("attmemo", given, np.concatenate(self.batches))
+
+
+def profile_database(
+    folder: Path, taus: Sequence[float], batch: int, repeats: int, transfer: str, tau: float, keep: bool,
+    hardware: str | None, files: tuple[Path, ...], progress: Progress,
+) -> dict[str, Any]:  # fmt: skip
+    """Hit rate, latency and error against the threshold on held-out text, and which layers pay at one of them.
+
+    Raises
+    ------
+    DatabaseError, InputError
+        If the database is of another model than it says, or there is no text that it does not hold.
+    """
+    memo = Memo(folder)
+    name = memo.database.notes.get("model", memo.about.model)
+    progress.stage(f"loading {name}")
+    model = load_model(name, dtype=memo.about.dtype)
+    engine = get_engine("numba")
+    memo.check(model.config)
+    batches = _batches(_held_out(memo, model, files), batch)
+    chosen = machines.find(hardware) or machines.local("numba", cores(), memo.about.dtype, progress)
+    bench = _Bench(memo, Runner(model, engine), batches, chosen, repeats, progress, transfer)
+    levels = sorted({*taus, tau, 0.0}, reverse=True)
+    methods = {"dense": bench.runner.prepare("dense"), "flash": bench.runner.prepare("flash")}
+    methods |= {str(level): bench.ready(tau=level) for level in levels}
+    runs = bench.passes(methods)
+    found = {
+        "folder": str(folder), "model": name, "length": memo.about.length, "batch": batch, "transfer": transfer,
+        "records": memo.count, "held_out": sum(map(len, batches)), "tau": tau, "hardware": chosen.name,
+        "thresholds": [_threshold(bench, level, methods[str(level)], runs) for level in levels],
+        "layers": _layers(bench, methods[str(tau)].parameters, runs),
+    }  # fmt: skip
+    if keep:
+        with Writer(folder) as writer:
+            writer.note("profile", found)
+            writer.commit()
+    return found
+
+
+def _held_out(memo: Memo, model: Model, files: tuple[Path, ...]) -> np.ndarray:
+    if files:
+        return np.concatenate([text_windows(model, read_text(path), memo.about.length) for path in files])
+    if "held-out" not in memo.database:
+        raise ConfigError(f"{memo.folder} has no text that was held out: give --input")
+    return np.asarray(np.load(io.BytesIO(memo.database.file("held-out")), allow_pickle=False))
+
+
+def _batches(ids: np.ndarray, batch: int) -> list[np.ndarray]:
+    if len(ids) < batch:
+        raise InputError(f"{len(ids)} windows are held out; a batch of {batch} needs more: give --batch or --input")
+    return [ids[start : start + batch] for start in range(0, len(ids) - batch + 1, batch)]
+
+
+def _threshold(bench: _Bench, tau: float, ready: Any, runs: dict[str, list[Run]]) -> dict[str, Any]:
+    """One row: what hits, how long it takes, how far the output is off."""
+    agreement, mine = Agreement(), runs[str(tau)]
+    for run, exact in zip(mine, runs["dense"], strict=True):
+        for output, reference in zip(run.output, exact.output, strict=True):
+            agreement.add(output, reference)
+    rates = ready.parameters.hit_rate or (0.0,) * bench.memo.about.layers
+    seconds = {name: sum(run.seconds for run in runs[name]) for name in ("dense", "flash")}
+    own = sum(run.seconds for run in mine)
+    cost = costmodel.estimate("attmemo", bench.runner.config, bench.workload, ready.parameters)
+    exact_cost = costmodel.estimate("dense", bench.runner.config, bench.workload)
+    theirs, predicted = (float(predict(one, bench.hardware).total.seconds) for one in (exact_cost, cost))
+    return {
+        "tau": tau, "hit_rate": float(np.mean(rates)), "hit_rates": [float(rate) for rate in rates],
+        "seconds_per_batch": own / len(mine), "speedup_dense": seconds["dense"] / own,
+        "speedup_flash": seconds["flash"] / own, "predicted_speedup_dense": theirs / predicted,
+        **{key: agreement.figures()[key] for key in ("rel_l2", "cosine")},
+    }  # fmt: skip
+
+
+def _layers(bench: _Bench, parameters: Any, runs: dict[str, list[Run]]) -> list[dict[str, Any]]:
+    """``PB = T_attention alpha - T_overhead`` of each layer, for a batch: as measured and as predicted.
+
+    T_attention is what a hit spares (query and key projections, scores, softmax), T_overhead what a look-up takes
+    (embedding, search, transfer), both from passes where all hit and where none is looked up, alike for all layers.
+    """
+    layers = bench.memo.about.layers
+    all_hit = runs[str(0.0)]
+    parts = (QKV, SCORES, SOFTMAX)
+
+    def mean(of: list[Run], *components: str) -> float:
+        return sum(run.breakdown.get(one, 0.0) for run in of for one in components) / (len(of) * layers)
+
+    spared, overhead = mean(runs["dense"], *parts) - mean(all_hit, *parts), mean(all_hit, MEMO)
+    predictions = {}
+    for name, params in (("dense", None), ("attmemo", {"database": bench.memo, "transfer": bench.transfer})):
+        cost = costmodel.estimate(name, bench.runner.config, bench.workload, params)
+        seconds = predict(cost, bench.hardware).by_component()
+        predictions[name] = {one: float(part.seconds) / layers for one, part in seconds.items()}
+    predicted_overhead = predictions["attmemo"][MEMO]
+    predicted_spared = sum(predictions["dense"].get(one, 0.0) - predictions["attmemo"].get(one, 0.0) for one in parts)
+    return [
+        {
+            "layer": layer, "hit_rate": parameters.hit_rate[layer], "attention_s": spared, "overhead_s": overhead,
+            "benefit_s": spared * parameters.hit_rate[layer] - overhead,
+            "predicted_benefit_s": predicted_spared * parameters.hit_rate[layer] - predicted_overhead,
+        }
+        for layer in range(layers)
+    ]  # fmt: skip

@@ -1,0 +1,131 @@
+"""``effref memo``: databases built from texts, inspected, profiled, and used by the method."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from refimpl.inputs import text_windows
+from refimpl.memo.database import Database
+from refimpl.weights import load_model
+
+from .conftest import error_of
+
+TEXT = " ".join(f"word{n % 7} and word{n % 5} went to place{n % 3} on day {n % 11}." for n in range(120))
+WINDOW = ["--seq", "16", "--epochs", "2", "--batch", "8"]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, "utf-8")
+    return path
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder with a small BERT and a tokenizer of whole words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    words = sorted(set(TEXT.replace(".", " .").split()))
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, **{word: n for n, word in enumerate(words, 1)}}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "model_type": "bert", "num_hidden_layers": 2, "hidden_size": 24, "num_attention_heads": 4,
+        "intermediate_size": 40, "vocab_size": 64, "max_position_embeddings": 32, "type_vocab_size": 2,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    safetensors.numpy.save_file(bert(2, 24, 40, 64, 32), folder / "model.safetensors")
+    return folder
+
+
+def bert(layers: int, d: int, f: int, vocab: int, positions: int) -> dict[str, np.ndarray]:
+    """Seeded random weights under the names of a BERT checkpoint."""
+    rng = np.random.default_rng(0)
+
+    def linear(name: str, d_out: int, d_in: int) -> dict[str, np.ndarray]:
+        return {f"{name}.weight": 0.3 * rng.standard_normal((d_out, d_in)), f"{name}.bias": np.zeros(d_out)}
+
+    def norm(name: str) -> dict[str, np.ndarray]:
+        return {f"{name}.weight": np.ones(d), f"{name}.bias": np.zeros(d)}
+
+    rows = {"word": vocab, "position": positions, "token_type": 2}
+    tensors = {f"embeddings.{what}_embeddings.weight": rng.standard_normal((n, d)) for what, n in rows.items()}
+    tensors |= norm("embeddings.LayerNorm")
+    for at in (f"encoder.layer.{layer}" for layer in range(layers)):
+        for part in ("query", "key", "value"):
+            tensors |= linear(f"{at}.attention.self.{part}", d, d)
+        tensors |= linear(f"{at}.attention.output.dense", d, d) | norm(f"{at}.attention.output.LayerNorm")
+        tensors |= linear(f"{at}.intermediate.dense", f, d) | linear(f"{at}.output.dense", d, f)
+        tensors |= norm(f"{at}.output.LayerNorm")
+    return {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
+
+
+def in_json(result: Any) -> Any:
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_build_inspect_profile_and_use(effref: Any, tmp_path: Path, text: Path, model: Path) -> None:
+    place = str(tmp_path / "maps")
+    built = in_json(
+        effref("memo", "build", place, "--model", str(model), "--input", str(text), *WINDOW, "--format", "json")
+    )
+    again = in_json(effref("memo", "inspect", place, "--format", "json"))
+    assert again["verified"]
+    assert built["sequences"] == again["sequences"] == built["captured"]
+    windows = len(text_windows(load_model(str(model)), TEXT, 16))
+    assert built["sequences"] == windows - round(0.2 * windows)
+    assert built["record_bytes"] == 4096  # 4 x 16 x 16 float32
+    assert built["maps_bytes"] == 2 * 4096 * built["sequences"]
+
+    words = ["--taus", "1,0.9,0.5", "--batch", "2", "--repeats", "1", "--hardware", "xeon-8480"]
+    found = in_json(effref("memo", "profile", place, *words, "--format", "json"))
+    rates = [row["hit_rate"] for row in found["thresholds"]]
+    assert [row["tau"] for row in found["thresholds"]] == [1, 0.9, 0.5, 0]
+    assert rates[-1] == 1
+    assert found["thresholds"][-1]["rel_l2"] > 0
+    for row in found["layers"]:
+        assert row["benefit_s"] == pytest.approx(row["attention_s"] * row["hit_rate"] - row["overhead_s"])
+    assert in_json(effref("memo", "inspect", place, "--format", "json"))["profile"]["tau"] == 0.9
+
+    text_form = effref("memo", "profile", place, *words, "--dry")
+    assert text_form.exit_code == 0
+    assert "x dense" in text_form.stdout
+    assert "benefit ms" in text_form.stdout
+
+
+def test_a_build_that_is_run_again_changes_nothing(effref: Any, tmp_path: Path, text: Path, model: Path) -> None:
+    place = tmp_path / "maps"
+    words = ["memo", "build", str(place), "--model", str(model), "--input", str(text), *WINDOW, "--sequences", "9"]
+    for _ in range(2):
+        assert effref(*words).exit_code == 0
+    with Database(place, verify=True) as database:
+        assert len(database.records("maps-1")) == 9
+        assert len(database.notes["loss-0"]) == 2
+
+
+def test_what_cannot_be_served_is_one_line(effref: Any, tmp_path: Path, text: Path, model: Path) -> None:
+    place = str(tmp_path / "maps")
+    assert "holds no database" in error_of(effref("memo", "inspect", place))
+    assert "there is no file" in error_of(effref("memo", "build", place, "--model", str(model), "--input", "gone.txt"))
+    assert "end in .txt" in error_of(effref("memo", "build", place, "--model", str(model), "--input", "a.wav"))
+    words = ["--model", str(model), "--input", str(text), *WINDOW]
+    assert effref("memo", "build", place, *words, "--sequences", "6", "--held-out", "0").exit_code == 0
+    assert "of 8 needs more" in error_of(effref("memo", "profile", place, "--hardware", "xeon-8480"))
+    assert "give numbers from 0 to 1" in error_of(effref("memo", "profile", place, "--taus", "high"))
+    records = tmp_path / "maps" / "maps-0.records"
+    data = bytearray(records.read_bytes())
+    data[100] ^= 1
+    records.write_bytes(data)
+    assert "is damaged (wrong checksum of records 0 to" in error_of(effref("memo", "inspect", place))
+    records.write_bytes(data[:-1])
+    assert "bytes are there" in error_of(effref("memo", "inspect", place))
