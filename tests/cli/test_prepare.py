@@ -131,7 +131,7 @@ def test_python_function_gives_the_document(ids: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "dense"], "'dense' finds nothing before it runs; these do: kvsharer"),
+        (["--method", "dense"], "'dense' finds nothing before it runs; these do: latte, kvsharer"),
         (["--method", "kvshare"], "did you mean 'kvsharer'"),
         (["--set", "kvsharer.layers=5"], "at most 4 can share"),
         (["--set", "kvsharer.layers=0"], "nothing is left to find"),
