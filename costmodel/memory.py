@@ -48,10 +48,13 @@ def fused(s: Setting) -> list[Quantity]:
 
 
 def filtering(s: Setting) -> list[Quantity]:
-    """Attention over filtered keys: the op beside the codes, four to an element of float32; the output projection."""
+    """Attention over filtered keys: the op, beside codes and values laid out for it; the output projection.
+
+    Codes count four to an element of float32: those of queries once, of keys three times, as codes and in two layouts.
+    """
     (output,) = fused(s)
-    codes = (s.rows * s.config.d_attention + s.B * s.S * s.config.d_kv) // 4
-    return [output, output - hidden(s) + codes]
+    keys = s.B * s.S * s.config.d_kv
+    return [output, output - hidden(s) + keys + (s.rows * s.config.d_attention + 3 * keys) // 4]
 
 
 def reusing(s: Setting) -> Quantity:

@@ -143,7 +143,10 @@ def test_wide_outputs_are_compared_in_blocks(monkeypatch: pytest.MonkeyPatch) ->
 
 TURNED = ("svd-softmax",)  # sums are taken in another basis: exact but for rounding
 # What else is to be switched off where a method has parts beside its knob.
-OFF = {"efficientasr": ["--set", "efficientasr.score_residual=0", "--set", "efficientasr.ffn_chunks=1"]}
+OFF = {
+    "efficientasr": ["--set", "efficientasr.score_residual=0", "--set", "efficientasr.ffn_chunks=1"],
+    "latte": ["--set", "latte.stage2=float"],  # kept scores in 8 bits are a part of their own
+}
 
 
 @pytest.mark.parametrize("method", [name for name, row in CATALOG.items() if not row.exact])
