@@ -96,6 +96,9 @@ def test_build_inspect_profile_and_use(effref: Any, tmp_path: Path, text: Path, 
     for row in found["layers"]:
         assert row["benefit_s"] == pytest.approx(row["attention_s"] * row["hit_rate"] - row["overhead_s"])
     assert in_json(effref("memo", "inspect", place, "--format", "json"))["profile"]["tau"] == 0.9
+    shown = [line.split() for line in effref("memo", "inspect", place).stdout.splitlines()]
+    assert ["causal", "no"] in shown
+    assert ["verified", "yes"] in shown
 
     text_form = effref("memo", "profile", place, *words, "--dry")
     assert text_form.exit_code == 0
