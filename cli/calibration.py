@@ -7,6 +7,7 @@ the caches as they will be later; alone in a loop they run faster than they ever
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -44,6 +45,10 @@ HALVES: Under = (("efficientasr", {"group": 1, "ffn_chunks": 2}),)
 QUARTERS: Under = (("efficientasr", {"group": 1, "ffn_chunks": 4}),)
 HEAD: Under = (("svd-softmax", {"decomposition": "gram"}),)
 FILTERS: Under = (("latte", {}), ("latte", {"kept": 0.5}))  # two parts of pairs, to tell kept and visible ones apart
+# Maps of the pass's own inputs: every sequence is found.
+LOOKUPS: Under = (("attmemo", {"epochs": 0}),)
+if sys.platform == "linux":
+    LOOKUPS = (*LOOKUPS, ("attmemo", {"epochs": 0, "transfer": "map"}))
 
 
 @dataclass(frozen=True)
@@ -88,9 +93,9 @@ CELLS = (
     Cell(_model("conformer", 320, 5, 1280), 640),
     Cell(_model("conformer", 144, 3, 576), 1700),
     Cell(_model("conformer", 240, 4, 960), 340, batch=2, methods=(*METHODS, *QUARTERS)),
-    Cell(_model("post-norm", 320, 10, 1280), 60, methods=(*METHODS, *FILTERS)),
+    Cell(_model("post-norm", 320, 10, 1280), 60, methods=(*METHODS, *FILTERS, *LOOKUPS)),
     Cell(_model("post-norm", 640, 10, 2560), 420, methods=(*METHODS, *HALVES)),
-    Cell(_model("post-norm", 288, 9, 1152), 200, batch=3),
+    Cell(_model("post-norm", 288, 9, 1152), 200, batch=3, methods=(*METHODS, *LOOKUPS)),
     Cell(_model("post-norm", 448, 14, 1792), 1100, methods=(*METHODS, *FILTERS)),
     Cell(_model("pre-norm", 320, 5, 1280), 1250, methods=(*METHODS, *HALVES)),
     Cell(_model("pre-norm", 480, 8, 1920), 160, methods=(*METHODS, *QUARTERS)),

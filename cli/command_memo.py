@@ -125,7 +125,7 @@ def _write(target: Target, progress: Progress, found: dict[str, Any], blocks: An
 
 def _description(found: dict[str, Any]) -> list[Block]:
     shown = {name: value for name, value in found.items() if name not in ("profile", "loss", "weights")}
-    cells = [[name, str(value)] for name, value in shown.items()]
+    cells = [[name, _word(value)] for name, value in shown.items()]
     cells += [[name, render.small(value)] for name, value in found["loss"].items()]
     return [Table("database of attention maps", ["what", "value"], cells, left=2)]
 
@@ -155,6 +155,12 @@ def _profile(found: dict[str, Any]) -> list[Block]:
         Table(head, headers, rows, left=0),
         Table(f"layers at tau={found['tau']:g}: benefit = spared x hits - look-up", about, layers, left=0),
     ]
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
 
 
 def _percent(share: float) -> str:

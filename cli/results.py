@@ -63,6 +63,11 @@ def describe(hardware: Hardware) -> dict[str, Any]:
     }
 
 
+def plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters as JSON has them: an opened database by its name."""
+    return {name: str(value) if hasattr(value, "records") else value for name, value in parameters.items()}
+
+
 def length_of(result: Mapping[str, Any]) -> int:
     """Where a result stands on the axis of lengths: S of a decoding pass, T of a prefill."""
     return int(result.get("kv_len", result["seq"]))
@@ -80,7 +85,7 @@ def entry(request: Request, method: str, prediction: Prediction) -> dict[str, An
     costs, calls, times = estimate.by_component(), estimate.calls(), prediction.by_component()
     return {
         "method": method,
-        "params": asdict(estimate.parameters),
+        "params": plain(asdict(estimate.parameters)),
         "seq": workload.seq,
         **({"kv_len": workload.kv_len, "steps": workload.steps} if request.decodes else {}),
         "batch": request.batch,

@@ -89,6 +89,10 @@ def predict(estimate: Estimate, hardware: Hardware) -> Prediction:
     return Prediction(estimate, hardware, by_op, _banded(total, hardware))
 
 
+# Ops that do what another one does: they copy sequences of a batch, or compare features.
+SAME_KERNEL = {"take_rows": "fetch", "scatter": "fetch", "search_graph": "nearest"}
+
+
 def kind_of(op: str, sizes: Mapping[str, Quantity]) -> str:
     """The name under which an op's constants are kept: few rows, few queries or a causal mask make other kernels of it.
 
@@ -105,7 +109,9 @@ def kind_of(op: str, sizes: Mapping[str, Quantity]) -> str:
         sharing = sizes["maps"] // sizes["kv_maps"] * sizes["q_len"]
         if np.max(sharing) <= FEW_ROWS:
             return f"{op}, few queries"
-    return f"{op}, causal" if sizes.get("causal") else op
+    if op == "fetch" and not np.any(sizes["copied"]):
+        return "fetch, mapped"
+    return f"{op}, causal" if sizes.get("causal") else SAME_KERNEL.get(op, op)
 
 
 @dataclass(frozen=True)

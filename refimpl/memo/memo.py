@@ -71,9 +71,12 @@ class Memo:
         self._graphs: dict[int, GraphIndex] = {}
 
     def __str__(self) -> str:
-        return str(self.folder)
+        return "own inputs" if self.is_temporary else str(self.folder)
 
     __repr__ = __str__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Memo:
+        return self  # it never changes
 
     @property
     def is_temporary(self) -> bool:

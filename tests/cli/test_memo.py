@@ -96,6 +96,9 @@ def test_build_inspect_profile_and_use(effref: Any, tmp_path: Path, text: Path, 
     for row in found["layers"]:
         assert row["benefit_s"] == pytest.approx(row["attention_s"] * row["hit_rate"] - row["overhead_s"])
     assert in_json(effref("memo", "inspect", place, "--format", "json"))["profile"]["tau"] == 0.9
+    shown = [line.split() for line in effref("memo", "inspect", place).stdout.splitlines()]
+    assert ["causal", "no"] in shown
+    assert ["verified", "yes"] in shown
 
     text_form = effref("memo", "profile", place, *words, "--dry")
     assert text_form.exit_code == 0
@@ -129,3 +132,18 @@ def test_what_cannot_be_served_is_one_line(effref: Any, tmp_path: Path, text: Pa
     assert "is damaged (wrong checksum of records 0 to" in error_of(effref("memo", "inspect", place))
     records.write_bytes(data[:-1])
     assert "bytes are there" in error_of(effref("memo", "inspect", place))
+
+
+def test_measure_names_the_database(effref: Any, tmp_path: Path, text: Path, model: Path) -> None:
+    """One that was built, and one of the run's own inputs for each length."""
+    place = str(tmp_path / "maps")
+    assert effref("memo", "build", place, "--model", str(model), "--input", str(text), *WINDOW).exit_code == 0
+    words = ["measure", "--method", "attmemo", "--model", str(model), "--hardware", "xeon-8480", "--engine", "numpy"]
+    words += ["--format", "json", "--repeats", "1", "--set", "attmemo.epochs=0"]
+    for given, lengths, named in (([f"attmemo.database={place}"], "16", place), ([], "8,16", "own inputs")):
+        sets = [word for one in given for word in ("--set", one)]
+        rows = in_json(effref(*words, *sets, "--seq", lengths, "--batch", "2"))["results"]
+        mine = [row for row in rows if row["method"] == "attmemo"]
+        assert [row["params"]["database"] for row in mine] == [named] * len(lengths.split(","))
+        if not given:
+            assert all(row["fidelity"]["rel_l2"] == 0 for row in mine)

@@ -455,6 +455,14 @@ def test_refine_writes_its_candidates_and_no_others():
     np.testing.assert_array_equal(z[1, :5], before[1, :5])
 
 
+def test_nearest_is_the_smallest_euclidean_distance():
+    x, points = normal(4, 6), normal(9, 6, seed=1)
+    truth = np.array([[math.dist(query, point) for point in points] for query in x])
+    distances, rows = ENGINE.nearest(x, points)
+    assert_equal(distances, truth.min(1))
+    np.testing.assert_array_equal(rows, truth.argmin(1))
+
+
 def test_scatter_writes_its_rows_and_no_others():
     store, new = normal(5, 2, 3, dtype="float32"), normal(2, 2, 3, seed=1, dtype="float32")
     before, given = store.copy(), new.copy()

@@ -170,9 +170,8 @@ def test_the_distance_decides_not_its_square(kept: Callable[..., Any]) -> None:
 
     class Watch(NumpyEngine):
         def nearest(self, x: Any, points: Any) -> Any:
-            found = super().nearest(x, points)
-            seen.append(found[0])
-            return found
+            seen.append(np.array([np.linalg.norm(points - query, axis=1).min() for query in x]))
+            return super().nearest(x, points)
 
     near = np.repeat(ids(KEPT)[:1], T, axis=0)
     np.fill_diagonal(near, (near.diagonal() + 1) % 60)  # one token is another
