@@ -213,18 +213,28 @@ def _runs(ops: Engine, dtype: str) -> Iterator[_Run]:
         past = random_inputs(cell.config, cell.kv_len, cell.batch, dtype=dtype) if cell.kv_len else inputs
         for method, params in cell.methods:
             ready = runner.prepare(method, params, past)
-            yield _Run(cell, ready, runner, inputs, dtype, _cache(cell, ready, runner))
+            yield _Run(cell, ready, runner, inputs, dtype, _cache(cell, ready, runner, dtype))
 
 
-def _cache(cell: Cell, ready: Prepared, runner: Runner) -> Cache | None:
+def _cache(cell: Cell, ready: Prepared, runner: Runner, dtype: str) -> Cache | None:
     """The cache that a pass of this cell fills or continues."""
     if not cell.workload().fills_cache:
         return None
     cache = runner.new_cache(cell.kv_len + cell.seq, ready, batch=cell.batch)
     if cell.kv_len:
-        ids = random_inputs(cell.config, cell.kv_len, cell.batch)
-        runner(ids, ready, cache=cache, record=False)
+        _fill(cache, runner.engine, cell.kv_len, dtype)
     return cache
+
+
+def _fill(cache: Cache, ops: Engine, positions: int, dtype: str) -> None:
+    """Keys and values of past positions, drawn instead of computed."""
+    rng = np.random.default_rng(0)
+    for layer, kept in enumerate(cache.stored):
+        for heads, append in ((kept.key_heads, cache.keys), (kept.value_heads, cache.values)):
+            if heads:
+                rows = rng.standard_normal((cache.batch, heads, positions * kept.rows, kept.width)).astype(dtype)
+                append(lambda _: ops, layer, ops.asarray(rows))
+    cache.advance(positions)
 
 
 def _samples(rounds: list[list[Call]]) -> Iterator[Sample]:
