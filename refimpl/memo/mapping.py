@@ -44,14 +44,15 @@ def gather(records: Records, rows: Sequence[int | None], transfer: str, out: Arr
     records : Records
     rows : sequence of int or None
     transfer : {"map", "copy"}
-    out : array, shape (B, *shape), optional
-        Where to copy to.
+    out : array, optional
+        Where to copy to: as many rows, of the shape of a record.
 
     Returns
     -------
-    array, shape (B, *shape)
-        Mapped: read-only where no row is None. Where some are, every row may be written to; what is written into a
-        record stays in this array and never reaches the file. The mapping lives as long as any array that shows it.
+    array
+        The records behind each other. Mapped: read-only where no row is None. Where some are, every row may be written
+        to; what is written into a record stays in this array and never reaches the file. The mapping lives as long as
+        any array that shows it.
 
     Raises
     ------
