@@ -243,12 +243,12 @@ def test_hostile_requests_get_one_line(effref, calibrated, arguments: str, said:
 
 
 def test_missing_device(effref, monkeypatch) -> None:
-    from effref import measurement
+    from effref import machines
 
     def missing(name):
         raise MissingDependencyError("no NVIDIA GPU:\n install cupy-cuda12x")
 
-    monkeypatch.setattr(measurement, "get_engine", missing)
+    monkeypatch.setattr(machines, "get_engine", missing)
     assert error_of(effref("measure --device gpu")).endswith("no NVIDIA GPU: install cupy-cuda12x")
 
 
