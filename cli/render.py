@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .layout import Block, Row, Table
@@ -602,14 +602,21 @@ CSV_FIELDS = (
 
 def as_csv(document: Mapping[str, Any]) -> str:
     """One row per method, length and component, and one whose component is ``total``."""
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, CSV_FIELDS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
+    rows = []
     for result in document["results"]:
         for row in [*result["components"], {"component": "total", **result["total"]}]:
             timed = {f"measured_{name}_s": value for name, value in row.get("measured_s", {}).items()}
             n = {"measured_n": row["measured_s"]["n"]} if timed else {}
-            writer.writerow({**result, "params": json.dumps(result["params"]), **row, **timed, **n})
+            rows.append({**result, "params": json.dumps(result["params"]), **row, **timed, **n})
+    return csv_text(CSV_FIELDS, rows)
+
+
+def csv_text(fields: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """A header, and a line per row; what is no field is left out."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, fields, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return stream.getvalue()
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,6 +17,7 @@ from .render import (
     column,
     columns_to_rows,
     cosine,
+    csv_text,
     heading,
     number,
     percent,
@@ -240,12 +239,10 @@ CSV_FIELDS = (
 
 def as_csv(document: Mapping[str, Any]) -> str:
     """One row per point: its fidelity, memory, pass and decoding step."""
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, CSV_FIELDS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
+    rows = []
     for result in document["results"]:
         step = result.get("decode", {})
-        writer.writerow({
+        rows.append({
             **result,
             "params": json.dumps(result["params"]),
             "value": plain(result["value"]) if result["knob"] else "",
@@ -254,7 +251,7 @@ def as_csv(document: Mapping[str, Any]) -> str:
             **{f"decode_{name}": value for name, value in (_flat(step) if step else {}).items()},
             "kv_len": step.get("kv_len", ""),
         })  # fmt: skip
-    return stream.getvalue()
+    return csv_text(CSV_FIELDS, rows)
 
 
 def _flat(work: Mapping[str, Any]) -> dict[str, Any]:

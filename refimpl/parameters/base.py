@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 from refimpl.config import ModelConfig
 from refimpl.errors import ConfigError, unknown
+
+NOT_JSON = "is not a JSON file: make one with 'effref prepare'"
 
 
 def parameter(default: Any, about: str) -> Any:
@@ -44,6 +50,33 @@ def require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """Raise ConfigError unless `value` is one of `choices`."""
     if value not in choices:
         raise ConfigError(f"{name}={value!r}; it must be one of {', '.join(map(repr, choices))}")
+
+
+def is_index(given: Any) -> bool:
+    """Whether a value of a file is a whole number from 0."""
+    return isinstance(given, int) and not isinstance(given, bool) and given >= 0
+
+
+def read_json(name: str, path: str | os.PathLike[str], absent: str, damaged: str) -> Any:
+    """What the JSON file that is given as parameter `name` holds; ConfigError with a hint where it holds none."""
+    try:
+        return json.loads(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{name}='{path}' cannot be read ({error.strerror}): {absent}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{name}='{path}' {damaged}") from error
+
+
+def read_prepared(
+    name: str, path: str | os.PathLike[str], kind: str, version: int, method: str, forms: str
+) -> dict[str, Any]:
+    """What ``effref prepare`` wrote for a method: a document of this kind and version; ConfigError otherwise."""
+    found = read_json(name, path, f"give {forms}", NOT_JSON)
+    if not isinstance(found, dict) or found.get("effref") != kind:
+        raise ConfigError(f"{name}='{path}' holds no {kind}: make one with 'effref prepare --method {method}'")
+    if found.get("version") != version:
+        raise ConfigError(f"{name}='{path}' has version {reprlib.repr(found.get('version'))}; {version} can be read")
+    return found
 
 
 P = TypeVar("P")

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from refimpl.config import ModelConfig
 from refimpl.errors import ConfigError
-from refimpl.parameters.base import parameter, require_choice, require_number
+from refimpl.parameters.base import is_index, parameter, read_prepared, require_choice, require_number
 
 Pair = tuple[int, int, int, int]  # layer and head, layer and head whose weights it takes
 MATCHED = ("q", "k", "v", "qk", "qkv", "total")
@@ -205,18 +203,9 @@ def _as_matches(given: Any) -> Matches:
 
 def _read(path: str | os.PathLike[str]) -> Matches:
     """The matches of a file; ConfigError where it holds none of a version that is known here."""
-    try:
-        found = json.loads(Path(path).read_text("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"matches='{path}' cannot be read ({error.strerror}): give {FORMS}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"matches='{path}' is not a JSON file: make one with 'effref prepare'") from error
-    if not isinstance(found, dict) or found.get("effref") != FORMAT:
-        raise ConfigError(f"matches='{path}' holds no {FORMAT}: make one with 'effref prepare --method headshare'")
-    if found.get("version") != VERSION:
-        raise ConfigError(f"matches='{path}' has version {reprlib.repr(found.get('version'))}; {VERSION} can be read")
+    found = read_prepared("matches", path, FORMAT, VERSION, "headshare", FORMS)
     for name in ("layers", "heads"):
-        if not _is_index(found.get(name)):
+        if not is_index(found.get(name)):
             raise ConfigError(f"matches='{path}': {name} is {reprlib.repr(found.get(name))}; it must be a whole number")
     if found.get("match") not in MATCHED:
         raise ConfigError(f"matches='{path}': match is {reprlib.repr(found.get('match'))}; known: {', '.join(MATCHED)}")
@@ -229,7 +218,7 @@ def _as_pairs(given: Any) -> list[Pair]:
         raise ConfigError(f"matches={reprlib.repr(given)}; it must be {FORMS}")
     pairs = []
     for entry in given:
-        if not isinstance(entry, (list, tuple)) or len(entry) != 4 or not all(map(_is_index, entry)):
+        if not isinstance(entry, (list, tuple)) or len(entry) != 4 or not all(map(is_index, entry)):
             raise ConfigError(f"matches holds {reprlib.repr(entry)}; it must be {FORMS}")
         if entry[2] >= entry[0]:
             raise ConfigError(f"matches holds {list(entry)}; a source must lie in an earlier layer")
@@ -237,7 +226,3 @@ def _as_pairs(given: Any) -> list[Pair]:
     if len({pair[:2] for pair in pairs}) != len(pairs):
         raise ConfigError("matches names a head twice; each has one source")
     return pairs
-
-
-def _is_index(given: Any) -> bool:
-    return isinstance(given, int) and not isinstance(given, bool) and given >= 0

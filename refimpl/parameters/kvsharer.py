@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from refimpl.config import ModelConfig
 from refimpl.errors import ConfigError
-from refimpl.parameters.base import parameter, require_choice, require_int, require_number
+from refimpl.parameters.base import is_index, parameter, read_prepared, require_choice, require_int, require_number
 
 Pair = tuple[int, int]  # a layer and its source, an earlier one
 
@@ -160,17 +158,8 @@ def _as_strategy(given: Any) -> Strategy:
 
 def _read(path: str | os.PathLike[str]) -> Strategy:
     """The strategy of a file; ConfigError where it is none of a version that is known here."""
-    try:
-        found = json.loads(Path(path).read_text("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"strategy='{path}' cannot be read ({error.strerror}): give {FORMS}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"strategy='{path}' is not a JSON file: make one with 'effref prepare'") from error
-    if not isinstance(found, dict) or found.get("effref") != FORMAT:
-        raise ConfigError(f"strategy='{path}' holds no {FORMAT}: make one with 'effref prepare --method kvsharer'")
-    if found.get("version") != VERSION:
-        raise ConfigError(f"strategy='{path}' has version {found.get('version')!r}; {VERSION} can be read")
-    if not _is_index(found.get("layers")):
+    found = read_prepared("strategy", path, FORMAT, VERSION, "kvsharer", FORMS)
+    if not is_index(found.get("layers")):
         raise ConfigError(f"strategy='{path}': layers is {_short(found.get('layers'))}; it must be a whole number")
     record = {name: value for name, value in found.items() if name not in ("effref", "version", "pairs")}
     return Strategy(_as_pairs(found.get("pairs")), record)
@@ -191,11 +180,7 @@ def _as_pairs(given: Any) -> tuple[Pair, ...]:
 
 
 def _is_pair(given: Any) -> bool:
-    return isinstance(given, (list, tuple)) and len(given) == 2 and all(map(_is_index, given))
-
-
-def _is_index(given: Any) -> bool:
-    return isinstance(given, int) and not isinstance(given, bool) and given >= 0
+    return isinstance(given, (list, tuple)) and len(given) == 2 and all(map(is_index, given))
 
 
 def _short(given: Any) -> str:

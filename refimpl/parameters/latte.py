@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import reprlib
@@ -10,12 +9,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Real
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from refimpl.config import ModelConfig
 from refimpl.errors import ConfigError
-from refimpl.parameters.base import parameter, require_choice, require_int, require_number
+from refimpl.parameters.base import NOT_JSON, parameter, read_json, require_choice, require_int, require_number
 
 Row = tuple[Any, ...]  # one value for each head of a layer
 
@@ -201,12 +199,7 @@ def _as_thresholds(given: Any) -> Thresholds:
 
 def _read(path: str | os.PathLike[str]) -> Thresholds:
     """The thresholds of a file; ConfigError where it holds none of a version that is known here."""
-    try:
-        found = json.loads(Path(path).read_text("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"thresholds='{path}' cannot be read ({error.strerror}): give {FORMS}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"thresholds='{path}' is not a JSON file: make one with 'effref prepare'") from error
+    found = read_json("thresholds", path, f"give {FORMS}", NOT_JSON)
     if not isinstance(found, dict) or found.get("method") != METHOD:
         raise ConfigError(f"thresholds='{path}' holds none of latte: make one with 'effref prepare --method latte'")
     if found.get("schema_version") != VERSION:

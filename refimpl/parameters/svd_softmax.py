@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import os
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from refimpl.config import ModelConfig
 from refimpl.errors import ConfigError
-from refimpl.parameters.base import parameter, require_choice, require_int
+from refimpl.parameters.base import parameter, read_json, require_choice, require_int
 
 Array = Any
 FORMAT, VERSION = "svd-softmax basis", 1  # of a file
@@ -165,12 +163,7 @@ def _as_basis(given: Any) -> Basis:
 
 def _read(path: str | os.PathLike[str]) -> Basis:
     """The basis of a file; ConfigError where it holds none of a version that is known here, or is damaged."""
-    try:
-        found = json.loads(Path(path).read_text("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"basis='{path}' cannot be read ({error.strerror}): {MAKE}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"basis='{path}' is damaged or not a JSON file: {MAKE}") from error
+    found = read_json("basis", path, MAKE, f"is damaged or not a JSON file: {MAKE}")
     if not isinstance(found, dict) or found.get("effref") != FORMAT:
         raise ConfigError(f"basis='{path}' holds no {FORMAT}: {MAKE}")
     if found.get("version") != VERSION:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from passes import small_llama
 from strategies import configs, decoders, inputs_for, kvsharer_parameters, workloads
 
 import costmodel
@@ -35,13 +36,7 @@ def at(component: str) -> Any:
 
 
 def _config(**changes: Any) -> ModelConfig:
-    """A small Llama: grouped key heads, rotary positions, a gated feed-forward, a language head."""
-    sizes: dict[str, Any] = {
-        "recipe": "pre-norm", "layers": 6, "d_model": 24, "heads": 6, "kv_heads": 3, "d_ff": 20, "vocab": 40,
-        "activation": "silu", "gated": True, "norm": "rms", "bias": False, "causal": True, "position": "rotary",
-        "head": True,
-    }  # fmt: skip
-    return ModelConfig(name="tiny", **{**sizes, **changes})
+    return small_llama(**{"layers": 6, **changes})
 
 
 def _ids(batch: int = 1, length: int = 12, seed: int = 0) -> Any:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from passes import small_llama
 from strategies import configs, decoders, fits, inputs_for, latte_parameters, workloads
 
 import costmodel
@@ -28,13 +29,7 @@ EXACT = {"gamma": 0, "stage2": "float"}
 
 
 def _config(**changes: Any) -> ModelConfig:
-    """A small Llama: grouped key heads, rotary positions, a gated feed-forward, a language head."""
-    sizes: dict[str, Any] = {
-        "recipe": "pre-norm", "layers": 3, "d_model": 24, "heads": 6, "kv_heads": 3, "d_ff": 20, "vocab": 40,
-        "activation": "silu", "gated": True, "norm": "rms", "bias": False, "causal": True, "position": "rotary",
-        "head": True,
-    }  # fmt: skip
-    return ModelConfig(name="tiny", **{**sizes, **changes})
+    return small_llama(**{"layers": 3, **changes})
 
 
 def _ids(batch: int = 2, length: int = 30, seed: int = 0) -> Any:

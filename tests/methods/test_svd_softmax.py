@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from passes import small_llama
 from scipy.special import softmax
 from strategies import configs, decoders, inputs_for, workloads
 
@@ -32,13 +33,7 @@ NUMPY, NUMBA = NumpyEngine(), NumbaEngine()
 
 
 def _config(**changes: Any) -> ModelConfig:
-    """A small Llama with a head of 300 words."""
-    sizes: dict[str, Any] = {
-        "recipe": "pre-norm", "layers": 2, "d_model": 24, "heads": 6, "kv_heads": 3, "d_ff": 20, "vocab": 300,
-        "activation": "silu", "gated": True, "norm": "rms", "bias": False, "causal": True, "position": "rotary",
-        "head": True,
-    }  # fmt: skip
-    return ModelConfig(name="tiny", **{**sizes, **changes})
+    return small_llama(**{"layers": 2, "vocab": 300, **changes})
 
 
 def _head(words: int, width: int, rank: int | None = None, dtype: Any = np.float64, seed: int = 0) -> Array:
