@@ -160,6 +160,27 @@ def test_fit_recovers_the_time_of_a_known_machine(noise: float, tolerance: float
     assert set(hardware.ops) == set(hardware.bands) - {"total"}
 
 
+def test_a_bias_seen_on_few_rows_does_not_take_the_whole_time() -> None:
+    """Beside its matrix a bias is nothing, and no time may be laid to it that the matrix takes."""
+    few = OpModel(20e-6, 3e10, 8e9, {}, 3e10, 8e9, 4e6)
+    passes = _passes(0.0)
+    for batch, bias in ((1, False), (3, True)):
+        for d_model in (96, 192, 320, 512):
+            config = dataclasses.replace(
+                preset("smollm2-135m"), layers=2, d_model=d_model, heads=4, kv_heads=4, d_ff=3 * d_model, bias=bias
+            )
+            cost = estimate("flash", config, Workload(1, batch, "decode", kv_len=64))
+            samples, total = [], 0.0
+            for op in cost.ops:
+                one = op.cost_of_one(4)
+                seconds = float(seconds_of_call(few, op.sizes, one, Traffic.of(one, cost)))
+                samples.append(Sample(op.name, op.sizes, seconds))
+                total += seconds * op.calls
+            passes.append(Pass(cost, samples, total))
+    found = fit(passes, 4, kind="cpu", about=ABOUT).ops["linear, few rows"]
+    assert found.vector_flops_per_s == pytest.approx(few.vector_flops_per_s, rel=0.9)
+
+
 def test_fit_needs_passes() -> None:
     with pytest.raises(ConfigError, match="at least two passes"):
         fit([], 4, kind="cpu", about=ABOUT)
