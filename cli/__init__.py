@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .calibration import calibrate
     from .comparison import fidelity
+    from .crossing import crossover
     from .estimation import estimate
     from .guideline import guideline
     from .measurement import measure
@@ -21,10 +22,21 @@ if TYPE_CHECKING:
     from .threshold_training import train_thresholds
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "calibrate", "estimate", "fidelity", "guideline", "measure", "prepare", "train_thresholds"]
+__all__ = [
+    "__version__",
+    "calibrate",
+    "crossover",
+    "estimate",
+    "fidelity",
+    "guideline",
+    "measure",
+    "prepare",
+    "train_thresholds",
+]
 
 _HOME = {
     "calibrate": ".calibration",
+    "crossover": ".crossing",
     "estimate": ".estimation",
     "fidelity": ".comparison",
     "guideline": ".guideline",

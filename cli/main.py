@@ -20,6 +20,7 @@ COMMANDS = {
     "estimate": ".command_estimate",
     "measure": ".command_measure",
     "calibrate": ".command_calibrate",
+    "crossover": ".command_crossover",
     "fidelity": ".command_fidelity",
     "prepare": ".command_prepare",
     "guideline": ".command_guideline",

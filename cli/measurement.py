@@ -180,7 +180,7 @@ def measured(
         inputs = source.read_all(model, request, timing.seed)
         request = replace(request, lengths=tuple(inputs), batch=next(iter(inputs.values())).array.shape[0])
         methods = _what_fits(request, progress)
-        machine = _machine(hardware, request, progress)
+        machine = machine_for(hardware, request, progress)
         for note in dict.fromkeys(note for given in inputs.values() for note in given.notes):
             progress.note(note)
         bench = Bench(request, methods, machine, Runner(model, ops), inputs, timing, progress)
@@ -217,7 +217,8 @@ def _model(request: Request, source: Source, timing: Timing, progress: Progress)
     return model
 
 
-def _machine(hardware: str | Hardware | None, request: Request, progress: Progress) -> Hardware:
+def machine_for(hardware: str | Hardware | None, request: Request, progress: Progress) -> Hardware:
+    """The hardware that is named; else this machine, calibrated now where it never was."""
     named = machines.find(hardware)
     if named:
         return machines.choose(named, request.engine, request.threads, request.dtype, progress)

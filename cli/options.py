@@ -24,7 +24,8 @@ OVERRIDES = {
 }
 
 
-def _parsed(parse: Callable[[Any], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
+def parsed(parse: Callable[[Any], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    """A callback that parses an option where it was given."""
     return lambda _ctx, _parameter, given: None if given is None else parse(given)
 
 
@@ -55,11 +56,11 @@ override_options = _group(
 shape_options = _group(
     model_option,
     click.option(
-        "--seq", callback=_parsed(parse_lengths), metavar="LENGTHS", help="512,1024 or 2^9:2^13.  [256 to 2048]"
+        "--seq", callback=parsed(parse_lengths), metavar="LENGTHS", help="512,1024 or 2^9:2^13.  [256 to 2048]"
     ),
     click.option(
         "--kv-len",
-        callback=_parsed(parse_lengths),
+        callback=parsed(parse_lengths),
         metavar="LENGTHS",
         help="Cached positions, in decoding.  [256,1024]",
     ),
@@ -72,7 +73,7 @@ shape_options = _group(
 )
 
 set_option = click.option(
-    "--set", "params", multiple=True, callback=_parsed(parse_settings), metavar="NAME.KEY=VALUE",
+    "--set", "params", multiple=True, callback=parsed(parse_settings), metavar="NAME.KEY=VALUE",
     help="A parameter, as reuse.group=4; repeatable.",
 )  # fmt: skip
 
@@ -84,12 +85,12 @@ baseline_option = click.option(
 def method_option(usual: str) -> Callable[[F], F]:
     """--method, with what is taken where it is not given."""
     about = f"See 'effref list methods'.  [{usual}]"
-    return click.option("--method", callback=_parsed(parse_names), metavar="NAMES", help=about)
+    return click.option("--method", callback=parsed(parse_names), metavar="NAMES", help=about)
 
 
 def choices_option(name: str, about: str) -> Callable[[F], F]:
     """An option that takes several values of a parameter."""
-    parse = _parsed(parse_choices(name))
+    parse = parsed(parse_choices(name))
     return click.option(name, multiple=True, callback=parse, metavar="NAME.KEY=V1,V2", help=about)
 
 

@@ -41,6 +41,14 @@ def _powers(item: str, first: int, last: int) -> list[int]:
     return [2**power for power in range(first.bit_length() - 1, last.bit_length())]
 
 
+def parse_range(text: str) -> tuple[int, int]:
+    """``16:8192`` or ``2^4:2^13``: two rising whole numbers."""
+    first, colon, last = text.partition(":")
+    if not colon:
+        raise ConfigError(f"range '{text}': give both ends, as 16:8192")
+    return _length(first, text), _length(last, text)
+
+
 def parse_names(text: str) -> tuple[str, ...]:
     """``a,b`` as names, each once."""
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
