@@ -120,7 +120,7 @@ def test_search_finds_where_a_known_clock_crosses(effref, calibrated, monkeypatc
     ran = _clock(monkeypatch, lambda t: 1e-3 + 1e-6 * t, lambda t: 1e-3 + 1e-6 * place * (t / place) ** 2)
     found = json.loads(effref(*_measured()).stdout)["results"][0]["measured"]
     assert found["outcome"] == "from"
-    assert found["from"] == pytest.approx(place, rel=0.1)
+    assert found["from"] == pytest.approx(place, rel=0.03)
     assert found["low"] <= place <= found["high"]
     assert len(found["probes"]) == len({place for _, place in ran}) < 12
     inner = [probe["at"] for probe in found["probes"]]
