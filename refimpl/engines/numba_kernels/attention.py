@@ -33,6 +33,7 @@ import numpy.typing as npt
 from numba import carray, cfunc, njit, types
 
 from . import few_rows, layout
+from .threads import board
 from .vector import (
     TILE,
     dot_tile,
@@ -520,7 +521,7 @@ def _attend_few_queries(
     ranges = layout.key_ranges(k, few_rows.KEYS)
     parts = layout.count(k.shape[0] * k.shape[1] * ranges, k.size + v.size)
     scaled = np.multiply(q, q.dtype.type(scale), out=np.empty(q.shape, q.dtype))
-    few_rows.kernel_attention(scaled, k, v, hides, causal, seen, out, ranges, parts)
+    few_rows.kernel_attention(scaled, k, v, hides, causal, seen, out, ranges, parts, board(parts))
 
 
 def _new_output(q: Array, v: Array) -> Array:
