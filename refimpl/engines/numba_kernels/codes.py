@@ -7,6 +7,7 @@ said in instructions that every target has. All sums are exact. As in `vector`, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -147,22 +148,21 @@ def _compress(builder: ir.IRBuilder, values: ir.Value, kept: ir.Value, target: i
 
 
 @intrinsic
-def keep_from(typingctx: Any, indices: Any, estimates: Any, count: Any, least: Any) -> Any:
-    """Write the places of the first `count` estimates that are at least `least`, in order; return how many.
+def keep_from(typingctx: Any, indices: Any, estimates: Any, first: Any, last: Any, least: Any) -> Any:
+    """Write the places from first to last but one whose estimates are at least `least`, in order; return how many.
 
     Both arrays must have room for 16 more numbers.
     """
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        target, source, total, bound = args
+        target, source, begin, end, bound = args
         limit, lanes = _splat(builder, bound, LANES), ir.Constant(_INTS, list(range(LANES)))
         number = ir.IntType(64)
         bits = ir.IntType(LANES)
         found = cgutils.alloca_once_value(builder, number(0))
-        with cgutils.for_range_slice(builder, number(0), total, number(LANES)) as (start, _):
-            first = builder.trunc(start, _INT)
-            places = builder.add(_splat(builder, first, LANES), lanes)
-            inside = builder.icmp_signed("<", places, _splat(builder, builder.trunc(total, _INT), LANES))
+        with cgutils.for_range_slice(builder, begin, end, number(LANES)) as (start, _):
+            places = builder.add(_splat(builder, builder.trunc(start, _INT), LANES), lanes)
+            inside = builder.icmp_signed("<", places, _splat(builder, builder.trunc(end, _INT), LANES))
             values = _load(builder, _at(builder, source, start), _INTS, 4)
             kept = builder.and_(builder.icmp_signed(">=", values, limit), inside)
             here = builder.load(found)
@@ -171,7 +171,7 @@ def keep_from(typingctx: Any, indices: Any, estimates: Any, count: Any, least: A
             builder.store(builder.add(here, builder.zext(some, number)), found)
         return builder.load(found)
 
-    return types.intp(indices, estimates, types.intp, least), codegen
+    return types.intp(indices, estimates, types.intp, types.intp, least), codegen
 
 
 @intrinsic
@@ -246,10 +246,53 @@ def dot_chosen_rows(
 
 
 @intrinsic
+def soften(typingctx: Any, logits: Any, count: Any, padded: Any) -> Any:
+    """Turn `count` logits into ``exp(logits - their maximum)``, up to `padded` into 0; return their sum.
+
+    `padded` is the next multiple of 16. A vector at a time, as loops over so few numbers pass mostly one by one.
+    """
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        target, total, length = args
+        vectors = _Vectors(builder, logits)
+        lowest, lanes = vectors.constant(-math.inf), cgutils.intp_t(vectors.count)
+        with cgutils.for_range_slice(builder, total, length, cgutils.intp_t(1)) as (n, _):
+            builder.store(ir.Constant(vectors.element, -math.inf), vectors.at(target, n))
+
+        def fold(first: ir.Value, combine: Callable[[ir.Value, ir.Value], ir.Value], values: Any) -> ir.Value:
+            """Combine all vectors, then the lanes of what is left, halving them."""
+            slot = _variables(builder, [first])[0]
+            with cgutils.for_range_slice(builder, cgutils.intp_t(0), length, lanes) as (n, _):
+                builder.store(combine(builder.load(slot), values(vectors.at(target, n))), slot)
+            found, width = builder.load(slot), vectors.count // 2
+            while width:
+                order = [lane ^ width for lane in range(vectors.count)]
+                found, width = combine(found, vectors.shuffle(found, found, order)), width // 2
+            return found
+
+        largest = fold(lowest, vectors.maximum, vectors.load)
+        none = builder.fcmp_ordered("==", largest, lowest)
+        shift, log2_e = builder.select(none, vectors.constant(0.0), largest), vectors.constant(math.log2(math.e))
+
+        def weight(place: ir.Value) -> ir.Value:
+            value = vectors.exp2(builder.fsub(vectors.load(place), shift), log2_e)
+            vectors.store(value, place)
+            return value
+
+        return builder.extract_element(fold(vectors.constant(0.0), builder.fadd, weight), _INT(0))
+
+    return logits.dtype(logits, types.intp, types.intp), codegen
+
+
+@intrinsic
 def add_chosen_rows(
     typingctx: Any, out: Any, weights: Any, indices: Any, count: Any, rows: Any, stride: Any, columns: Any
 ) -> Any:
-    """Add ``sum over n < count of weights[n] rows[indices[n]]`` to out; two sums, of even and of odd n."""
+    """Add ``sum over n < count of weights[n] rows[indices[n]]`` to out.
+
+    The sum is taken before it is added. One row after the other: two at once would save nothing, as reading the rows
+    takes as long as one chain of sums, and their odd last row could not be foreseen by the processor.
+    """
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         target, numbers, places, total, matrix, row_stride, width = args
@@ -258,24 +301,18 @@ def add_chosen_rows(
         def tile(c: ir.Value, size: int) -> None:
             load, store = (vectors.load, vectors.store) if size > 1 else (vectors.load_one, vectors.store_one)
             parts = [builder.add(c, cgutils.intp_t(part)) for part in range(0, size, vectors.count)]
-            before = [load(vectors.at(target, part)) for part in parts]
-            sums = [_variables(builder, start) for start in (before, [vectors.constant(0.0)] * len(parts))]
-
-            def add(n: ir.Value, slots: list[ir.Value]) -> None:
+            sums = _variables(builder, [vectors.constant(0.0)] * len(parts))
+            with cgutils.for_range(builder, total) as loop:
+                n = loop.index
                 row = builder.sext(builder.load(_at(builder, places, n)), cgutils.intp_t)
                 start = vectors.at(matrix, builder.mul(row, row_stride))
                 weight = vectors.load_scalar(vectors.at(numbers, n))
                 values = [load(vectors.at(start, part)) for part in parts]
-                pairs = zip(values, _current(builder, slots), strict=True)
-                _assign(builder, slots, [vectors.multiply_add(weight, *pair) for pair in pairs])
-
-            def some(n: ir.Value, count: int) -> None:
-                for k in range(count):
-                    add(builder.add(n, cgutils.intp_t(k)), sums[k])
-
-            _in_blocks(builder, total, (2, 1), some)
-            for part, even, odd in zip(parts, *(_current(builder, slots) for slots in sums), strict=True):
-                store(builder.fadd(even, odd), vectors.at(target, part))
+                pairs = zip(values, _current(builder, sums), strict=True)
+                _assign(builder, sums, [vectors.multiply_add(weight, *pair) for pair in pairs])
+            for part, value in zip(parts, _current(builder, sums), strict=True):
+                place = vectors.at(target, part)
+                store(builder.fadd(load(place), value), place)
 
         _in_blocks(builder, width, (4 * vectors.count, vectors.count, 1), tile)
         return context.get_dummy_value()
