@@ -245,43 +245,114 @@ def dot_chosen_rows(
     return types.void(out, indices, types.intp, out, rows, types.intp, types.intp), codegen
 
 
-@intrinsic
-def soften(typingctx: Any, logits: Any, count: Any, padded: Any) -> Any:
-    """Turn `count` logits into ``exp(logits - their maximum)``, up to `padded` into 0; return their sum.
+def _fold(
+    builder: ir.IRBuilder, zero: ir.Value, count: ir.Value, lanes: int, value: Callable[[ir.Value], ir.Value],
+    combine: Callable[[ir.Value, ir.Value], ir.Value],
+) -> ir.Value:  # fmt: skip
+    """Combine the vectors ``value(n)`` for n = 0, lanes, ... < count in two chains; every lane holds the result."""
+    chains = _variables(builder, [zero] * 2)
 
-    `padded` is the next multiple of 16. A vector at a time, as loops over so few numbers pass mostly one by one.
+    def some(n: ir.Value, vectors: int) -> None:
+        for chain in range(vectors // lanes):
+            place = builder.add(n, cgutils.intp_t(chain * lanes))
+            builder.store(combine(builder.load(chains[chain]), value(place)), chains[chain])
+
+    _in_blocks(builder, count, (2 * lanes, lanes), some)
+    found, width = combine(*_current(builder, chains)), lanes // 2
+    while width:
+        other = _pick(builder, found, found, [lane ^ width for lane in range(lanes)])
+        found, width = combine(found, other), width // 2
+    return found
+
+
+@intrinsic
+def largest(typingctx: Any, estimates: Any, count: Any) -> Any:
+    """The largest of the first `count` estimates, a multiple of 16."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        source, total = args
+
+        def value(n: ir.Value) -> ir.Value:
+            return _load(builder, _at(builder, source, n), _INTS, 4)
+
+        def larger(a: ir.Value, b: ir.Value) -> ir.Value:
+            return builder.select(builder.icmp_signed(">", a, b), a, b)
+
+        lowest = ir.Constant(_INTS, [-(2**31)] * LANES)
+        return builder.extract_element(_fold(builder, lowest, total, LANES, value, larger), _INT(0))
+
+    return types.int32(estimates, types.intp), codegen
+
+
+@intrinsic
+def fill(typingctx: Any, target: Any, number: Any) -> Any:
+    """Set 16 numbers in memory."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        value = _splat(builder, args[1], LANES)
+        _store(builder, value, args[0], signature.args[0].dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(target, target.dtype), codegen
+
+
+@intrinsic
+def largest_size(typingctx: Any, x: Any, count: Any) -> Any:
+    """The largest absolute value of numbers that lie side by side; NaN if there is one.
+
+    Without their sign, bits of floating-point numbers are in the order of the numbers, NaN above all.
     """
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        target, total, length = args
+        vectors = _Vectors(builder, x)
+        most = ir.Constant(vectors.integers, [2 ** (vectors.bits - 1) - 1] * vectors.count)
+        zero = ir.Constant(vectors.integers, [0] * vectors.count)
+        found = _variables(builder, [zero])[0]
+
+        def some(n: ir.Value, width: int) -> None:
+            load = vectors.load if width > 1 else vectors.load_one
+            size = builder.and_(builder.bitcast(load(vectors.at(args[0], n)), vectors.integers), most)
+            before = builder.load(found)
+            builder.store(builder.select(builder.icmp_signed(">", size, before), size, before), found)
+
+        _in_blocks(builder, args[1], (vectors.count, 1), some)
+        value, width = builder.load(found), vectors.count // 2
+        while width:
+            other = _pick(builder, value, value, [lane ^ width for lane in range(vectors.count)])
+            value, width = builder.select(builder.icmp_signed(">", value, other), value, other), width // 2
+        return builder.bitcast(builder.extract_element(value, _INT(0)), vectors.element)
+
+    return x.dtype(x, types.intp), codegen
+
+
+@intrinsic
+def soften(typingctx: Any, logits: Any, count: Any) -> Any:
+    """Turn so many logits, a multiple of 16, into ``exp(logits - their maximum)``; return their sum.
+
+    A vector at a time: loops over so few numbers pass mostly one by one.
+    """
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        target, length = args
         vectors = _Vectors(builder, logits)
-        lowest, lanes = vectors.constant(-math.inf), cgutils.intp_t(vectors.count)
-        with cgutils.for_range_slice(builder, total, length, cgutils.intp_t(1)) as (n, _):
-            builder.store(ir.Constant(vectors.element, -math.inf), vectors.at(target, n))
+        lowest = vectors.constant(-math.inf)
 
-        def fold(first: ir.Value, combine: Callable[[ir.Value, ir.Value], ir.Value], values: Any) -> ir.Value:
-            """Combine all vectors, then the lanes of what is left, halving them."""
-            slot = _variables(builder, [first])[0]
-            with cgutils.for_range_slice(builder, cgutils.intp_t(0), length, lanes) as (n, _):
-                builder.store(combine(builder.load(slot), values(vectors.at(target, n))), slot)
-            found, width = builder.load(slot), vectors.count // 2
-            while width:
-                order = [lane ^ width for lane in range(vectors.count)]
-                found, width = combine(found, vectors.shuffle(found, found, order)), width // 2
-            return found
+        def load(n: ir.Value) -> ir.Value:
+            return vectors.load(vectors.at(target, n))
 
-        largest = fold(lowest, vectors.maximum, vectors.load)
-        none = builder.fcmp_ordered("==", largest, lowest)
-        shift, log2_e = builder.select(none, vectors.constant(0.0), largest), vectors.constant(math.log2(math.e))
+        most = _fold(builder, lowest, length, vectors.count, load, vectors.maximum)
+        none = builder.fcmp_ordered("==", most, lowest)
+        shift, log2_e = builder.select(none, vectors.constant(0.0), most), vectors.constant(math.log2(math.e))
 
-        def weight(place: ir.Value) -> ir.Value:
-            value = vectors.exp2(builder.fsub(vectors.load(place), shift), log2_e)
-            vectors.store(value, place)
+        def weight(n: ir.Value) -> ir.Value:
+            value = vectors.exp2(builder.fsub(load(n), shift), log2_e)
+            vectors.store(value, vectors.at(target, n))
             return value
 
-        return builder.extract_element(fold(vectors.constant(0.0), builder.fadd, weight), _INT(0))
+        total = _fold(builder, vectors.constant(0.0), length, vectors.count, weight, builder.fadd)
+        return builder.extract_element(total, _INT(0))
 
-    return logits.dtype(logits, types.intp, types.intp), codegen
+    return logits.dtype(logits, types.intp), codegen
 
 
 @intrinsic

@@ -29,7 +29,10 @@ from .codes import (
     dot_chosen_codes,
     dot_chosen_rows,
     estimate_tile,
+    fill,
     keep_from,
+    largest,
+    largest_size,
     soften,
 )
 from .few_rows import MASK
@@ -71,12 +74,9 @@ def _first(x):
 @njit(**STEP)
 def _largest(x, b, h):
     """The largest absolute value of a head; NaN if there is one."""
-    full_width()
     found = x.dtype.type(0)
     for t in range(x.shape[2]):
-        row = _row(x, b, h, t)
-        for d in range(x.shape[3]):
-            found = maximum(found, abs(row[d]))
+        found = maximum(found, largest_size(_row(x, b, h, t), x.shape[3]))
     return found
 
 
@@ -194,15 +194,6 @@ def _estimate(estimates, stride, queries, panels, n_panels, words, rows):
 
 
 @njit(**STEP)
-def _row_maximum(estimates):
-    full_width()
-    found = _HIDDEN
-    for j in range(estimates.size):
-        found = max(found, estimates[j])
-    return found
-
-
-@njit(**STEP)
 def _hide(estimates, mask, b, h, i):
     for j in range(estimates.size):
         if not mask[b, h, i, j]:
@@ -215,15 +206,16 @@ def _kept(estimates, margin, indices, ends):
 
     ends : how many of them lie before the end of each piece of `VALUES` keys.
     """
-    largest, count = _row_maximum(estimates), 0
-    least, places = np.int32(largest - margin), _first(indices)
+    fill(offset(_first(estimates), estimates.size), _HIDDEN)
+    most, places, count = largest(_first(estimates), _whole(estimates.size)), _first(indices), 0
+    least = np.int32(most - margin)
     for piece in range(ends.size):
         start, stop = piece * VALUES, min((piece + 1) * VALUES, estimates.size)
-        if largest != _HIDDEN and start < stop:
+        if most != _HIDDEN and start < stop:
             count += keep_from(offset(places, count), _first(estimates), start, stop, least)
         ends[piece] = count
-    for n in range(count, _whole(count)):
-        indices[n] = indices[count - 1]
+    if count:
+        fill(offset(places, count), indices[count - 1])
     return count
 
 
@@ -322,7 +314,8 @@ def _filter_items(
                 _score_rows(here, places, whole, q, b, h, i, scaled, k, g, scale)
             else:
                 _score_codes(here, places, whole, q_codes, b, h, i, codes, of_keys, lines, steps[b, h])
-            totals[r] = soften(here, kept[r], whole)
+            fill(offset(here, kept[r]), q.dtype.type(-np.inf))
+            totals[r] = soften(here, whole)
         sums[:] = 0
         values, value_stride = _row(v, b, g, 0), v.strides[2] // v.itemsize
         _add_values(sums, logits, indices, stride, ends, rows, values, value_stride, Dv)
