@@ -7,6 +7,7 @@ said in instructions that every target has. All sums are exact. As in `vector`, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -147,22 +148,21 @@ def _compress(builder: ir.IRBuilder, values: ir.Value, kept: ir.Value, target: i
 
 
 @intrinsic
-def keep_from(typingctx: Any, indices: Any, estimates: Any, count: Any, least: Any) -> Any:
-    """Write the places of the first `count` estimates that are at least `least`, in order; return how many.
+def keep_from(typingctx: Any, indices: Any, estimates: Any, first: Any, last: Any, least: Any) -> Any:
+    """Write the places from first to last but one whose estimates are at least `least`, in order; return how many.
 
     Both arrays must have room for 16 more numbers.
     """
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        target, source, total, bound = args
+        target, source, begin, end, bound = args
         limit, lanes = _splat(builder, bound, LANES), ir.Constant(_INTS, list(range(LANES)))
         number = ir.IntType(64)
         bits = ir.IntType(LANES)
         found = cgutils.alloca_once_value(builder, number(0))
-        with cgutils.for_range_slice(builder, number(0), total, number(LANES)) as (start, _):
-            first = builder.trunc(start, _INT)
-            places = builder.add(_splat(builder, first, LANES), lanes)
-            inside = builder.icmp_signed("<", places, _splat(builder, builder.trunc(total, _INT), LANES))
+        with cgutils.for_range_slice(builder, begin, end, number(LANES)) as (start, _):
+            places = builder.add(_splat(builder, builder.trunc(start, _INT), LANES), lanes)
+            inside = builder.icmp_signed("<", places, _splat(builder, builder.trunc(end, _INT), LANES))
             values = _load(builder, _at(builder, source, start), _INTS, 4)
             kept = builder.and_(builder.icmp_signed(">=", values, limit), inside)
             here = builder.load(found)
@@ -171,7 +171,7 @@ def keep_from(typingctx: Any, indices: Any, estimates: Any, count: Any, least: A
             builder.store(builder.add(here, builder.zext(some, number)), found)
         return builder.load(found)
 
-    return types.intp(indices, estimates, types.intp, least), codegen
+    return types.intp(indices, estimates, types.intp, types.intp, least), codegen
 
 
 @intrinsic
@@ -245,11 +245,125 @@ def dot_chosen_rows(
     return types.void(out, indices, types.intp, out, rows, types.intp, types.intp), codegen
 
 
+def _fold(
+    builder: ir.IRBuilder, zero: ir.Value, count: ir.Value, lanes: int, value: Callable[[ir.Value], ir.Value],
+    combine: Callable[[ir.Value, ir.Value], ir.Value],
+) -> ir.Value:  # fmt: skip
+    """Combine the vectors ``value(n)`` for n = 0, lanes, ... < count in two chains; every lane holds the result."""
+    chains = _variables(builder, [zero] * 2)
+
+    def some(n: ir.Value, vectors: int) -> None:
+        for chain in range(vectors // lanes):
+            place = builder.add(n, cgutils.intp_t(chain * lanes))
+            builder.store(combine(builder.load(chains[chain]), value(place)), chains[chain])
+
+    _in_blocks(builder, count, (2 * lanes, lanes), some)
+    found, width = combine(*_current(builder, chains)), lanes // 2
+    while width:
+        other = _pick(builder, found, found, [lane ^ width for lane in range(lanes)])
+        found, width = combine(found, other), width // 2
+    return found
+
+
+@intrinsic
+def largest(typingctx: Any, estimates: Any, count: Any) -> Any:
+    """The largest of the first `count` estimates, a multiple of 16."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        source, total = args
+
+        def value(n: ir.Value) -> ir.Value:
+            return _load(builder, _at(builder, source, n), _INTS, 4)
+
+        def larger(a: ir.Value, b: ir.Value) -> ir.Value:
+            return builder.select(builder.icmp_signed(">", a, b), a, b)
+
+        lowest = ir.Constant(_INTS, [-(2**31)] * LANES)
+        return builder.extract_element(_fold(builder, lowest, total, LANES, value, larger), _INT(0))
+
+    return types.int32(estimates, types.intp), codegen
+
+
+@intrinsic
+def fill(typingctx: Any, target: Any, number: Any) -> Any:
+    """Set 16 numbers in memory."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        value = _splat(builder, args[1], LANES)
+        _store(builder, value, args[0], signature.args[0].dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(target, target.dtype), codegen
+
+
+@intrinsic
+def largest_size(typingctx: Any, x: Any, count: Any) -> Any:
+    """The largest absolute value of numbers that lie side by side; NaN if there is one.
+
+    Without their sign, bits of floating-point numbers are in the order of the numbers, NaN above all.
+    """
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        vectors = _Vectors(builder, x)
+        most = ir.Constant(vectors.integers, [2 ** (vectors.bits - 1) - 1] * vectors.count)
+        zero = ir.Constant(vectors.integers, [0] * vectors.count)
+        found = _variables(builder, [zero])[0]
+
+        def some(n: ir.Value, width: int) -> None:
+            load = vectors.load if width > 1 else vectors.load_one
+            size = builder.and_(builder.bitcast(load(vectors.at(args[0], n)), vectors.integers), most)
+            before = builder.load(found)
+            builder.store(builder.select(builder.icmp_signed(">", size, before), size, before), found)
+
+        _in_blocks(builder, args[1], (vectors.count, 1), some)
+        value, width = builder.load(found), vectors.count // 2
+        while width:
+            other = _pick(builder, value, value, [lane ^ width for lane in range(vectors.count)])
+            value, width = builder.select(builder.icmp_signed(">", value, other), value, other), width // 2
+        return builder.bitcast(builder.extract_element(value, _INT(0)), vectors.element)
+
+    return x.dtype(x, types.intp), codegen
+
+
+@intrinsic
+def soften(typingctx: Any, logits: Any, count: Any) -> Any:
+    """Turn so many logits, a multiple of 16, into ``exp(logits - their maximum)``; return their sum.
+
+    A vector at a time: loops over so few numbers pass mostly one by one.
+    """
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        target, length = args
+        vectors = _Vectors(builder, logits)
+        lowest = vectors.constant(-math.inf)
+
+        def load(n: ir.Value) -> ir.Value:
+            return vectors.load(vectors.at(target, n))
+
+        most = _fold(builder, lowest, length, vectors.count, load, vectors.maximum)
+        none = builder.fcmp_ordered("==", most, lowest)
+        shift, log2_e = builder.select(none, vectors.constant(0.0), most), vectors.constant(math.log2(math.e))
+
+        def weight(n: ir.Value) -> ir.Value:
+            value = vectors.exp2(builder.fsub(load(n), shift), log2_e)
+            vectors.store(value, vectors.at(target, n))
+            return value
+
+        total = _fold(builder, vectors.constant(0.0), length, vectors.count, weight, builder.fadd)
+        return builder.extract_element(total, _INT(0))
+
+    return logits.dtype(logits, types.intp), codegen
+
+
 @intrinsic
 def add_chosen_rows(
     typingctx: Any, out: Any, weights: Any, indices: Any, count: Any, rows: Any, stride: Any, columns: Any
 ) -> Any:
-    """Add ``sum over n < count of weights[n] rows[indices[n]]`` to out; two sums, of even and of odd n."""
+    """Add ``sum over n < count of weights[n] rows[indices[n]]`` to out.
+
+    The sum is taken before it is added. One row after the other: two at once would save nothing, as reading the rows
+    takes as long as one chain of sums, and their odd last row could not be foreseen by the processor.
+    """
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         target, numbers, places, total, matrix, row_stride, width = args
@@ -258,24 +372,18 @@ def add_chosen_rows(
         def tile(c: ir.Value, size: int) -> None:
             load, store = (vectors.load, vectors.store) if size > 1 else (vectors.load_one, vectors.store_one)
             parts = [builder.add(c, cgutils.intp_t(part)) for part in range(0, size, vectors.count)]
-            before = [load(vectors.at(target, part)) for part in parts]
-            sums = [_variables(builder, start) for start in (before, [vectors.constant(0.0)] * len(parts))]
-
-            def add(n: ir.Value, slots: list[ir.Value]) -> None:
+            sums = _variables(builder, [vectors.constant(0.0)] * len(parts))
+            with cgutils.for_range(builder, total) as loop:
+                n = loop.index
                 row = builder.sext(builder.load(_at(builder, places, n)), cgutils.intp_t)
                 start = vectors.at(matrix, builder.mul(row, row_stride))
                 weight = vectors.load_scalar(vectors.at(numbers, n))
                 values = [load(vectors.at(start, part)) for part in parts]
-                pairs = zip(values, _current(builder, slots), strict=True)
-                _assign(builder, slots, [vectors.multiply_add(weight, *pair) for pair in pairs])
-
-            def some(n: ir.Value, count: int) -> None:
-                for k in range(count):
-                    add(builder.add(n, cgutils.intp_t(k)), sums[k])
-
-            _in_blocks(builder, total, (2, 1), some)
-            for part, even, odd in zip(parts, *(_current(builder, slots) for slots in sums), strict=True):
-                store(builder.fadd(even, odd), vectors.at(target, part))
+                pairs = zip(values, _current(builder, sums), strict=True)
+                _assign(builder, sums, [vectors.multiply_add(weight, *pair) for pair in pairs])
+            for part, value in zip(parts, _current(builder, sums), strict=True):
+                place = vectors.at(target, part)
+                store(builder.fadd(load(place), value), place)
 
         _in_blocks(builder, width, (4 * vectors.count, vectors.count, 1), tile)
         return context.get_dummy_value()

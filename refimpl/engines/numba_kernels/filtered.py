@@ -29,9 +29,13 @@ from .codes import (
     dot_chosen_codes,
     dot_chosen_rows,
     estimate_tile,
+    fill,
     keep_from,
+    largest,
+    largest_size,
+    soften,
 )
-from .few_rows import MASK, weigh
+from .few_rows import MASK
 from .parallel import STEP, any_strides, read, share, write
 from .polynomials import full_width, maximum, span
 from .vector import offset, pointer
@@ -70,12 +74,9 @@ def _first(x):
 @njit(**STEP)
 def _largest(x, b, h):
     """The largest absolute value of a head; NaN if there is one."""
-    full_width()
     found = x.dtype.type(0)
     for t in range(x.shape[2]):
-        row = _row(x, b, h, t)
-        for d in range(x.shape[3]):
-            found = maximum(found, abs(row[d]))
+        found = maximum(found, largest_size(_row(x, b, h, t), x.shape[3]))
     return found
 
 
@@ -193,15 +194,6 @@ def _estimate(estimates, stride, queries, panels, n_panels, words, rows):
 
 
 @njit(**STEP)
-def _row_maximum(estimates):
-    full_width()
-    found = _HIDDEN
-    for j in range(estimates.size):
-        found = max(found, estimates[j])
-    return found
-
-
-@njit(**STEP)
 def _hide(estimates, mask, b, h, i):
     for j in range(estimates.size):
         if not mask[b, h, i, j]:
@@ -209,44 +201,73 @@ def _hide(estimates, mask, b, h, i):
 
 
 @njit(**STEP)
-def _kept(estimates, margin, indices):
-    """Write the places of kept keys, and the last one again up to a whole vector; return how many they are."""
-    largest = _row_maximum(estimates)
-    if largest == _HIDDEN:
-        return 0
-    count = keep_from(_first(indices), _first(estimates), estimates.size, np.int32(largest - margin))
-    for n in range(count, (count + LANES - 1) // LANES * LANES):
-        indices[n] = indices[count - 1]
+def _kept(estimates, margin, indices, ends):
+    """Write the places of kept keys, and the last one again up to a whole vector; return how many they are.
+
+    ends : how many of them lie before the end of each piece of `VALUES` keys.
+    """
+    fill(offset(_first(estimates), estimates.size), _HIDDEN)
+    most, places, count = largest(_first(estimates), _whole(estimates.size)), _first(indices), 0
+    least = np.int32(most - margin)
+    for piece in range(ends.size):
+        start, stop = piece * VALUES, min((piece + 1) * VALUES, estimates.size)
+        if most != _HIDDEN and start < stop:
+            count += keep_from(offset(places, count), _first(estimates), start, stop, least)
+        ends[piece] = count
+    if count:
+        fill(offset(places, count), indices[count - 1])
     return count
 
 
 @njit(**STEP)
-def _add_values(out, weights, indices, counts, done, stride, values, value_stride, Dv, Tk):
+def _whole(count):
+    """The next multiple of a vector."""
+    return (count + LANES - 1) // LANES * LANES
+
+
+@njit(**STEP)
+def _add_values(out, weights, indices, stride, ends, rows, values, value_stride, Dv):
     """Add weighted values to out (ROWS * Dv,), `VALUES` keys at a time, which the rows of an item meet in turn."""
-    done[:] = 0
-    for end in range(VALUES, Tk + VALUES, VALUES):
-        for r in range(counts.size):
-            first, places = done[r], span(indices, r * stride, counts[r])
-            last = first
-            while last < counts[r] and places[last] < end:
-                last += 1
-            if last > first:
-                start = r * stride + first
+    pieces = ends.size // ROWS
+    for piece in range(pieces):
+        for r in range(rows):
+            first = ends[r * pieces + piece - 1] if piece else 0
+            count, start = ends[r * pieces + piece] - first, r * stride + first
+            if count:
                 add_chosen_rows(
                     offset(_first(out), r * Dv), offset(_first(weights), start), offset(_first(indices), start),
-                    last - first, values, value_stride, Dv,
+                    count, values, value_stride, Dv,
                 )  # fmt: skip
-            done[r] = last
+
+
+@njit(**STEP)
+def _set_nibbles(nibbles, row, nearest):
+    """Set the upper nibbles of a row of codes."""
+    full_width()
+    if nearest:
+        for d in range(nibbles.size):
+            nibbles[d] = upper_nibble(np.int32(row[d]), True)
+    else:
+        for d in range(nibbles.size):
+            nibbles[d] = row[d] >> 4
+
+
+@njit(**STEP)
+def _set_codes(codes, row):
+    """Copy a row of codes; return what their products with keys that had 128 added have too much."""
+    full_width()
+    total = np.int32(0)
+    for d in range(codes.size):
+        codes[d] = row[d]
+        total += np.int32(row[d])
+    return np.int32(np.int32(128) * total)
 
 
 @njit(**STEP)
 def _score_codes(logits, indices, count, q_codes, b, h, i, codes, of_keys, lines, step):
     """Set the logits of kept keys to ``step (q . k of the codes)``."""
-    row, bias = _row(q_codes, b, h, i), np.int32(0)
-    for d in range(q_codes.shape[3]):
-        codes[d] = row[d]
-        bias += np.int32(128) * np.int32(row[d])
-    dot_chosen_codes(logits, indices, count, _first(codes), of_keys, lines, np.int32(bias), step)
+    bias = _set_codes(span(codes, 0, q_codes.shape[3]), _row(q_codes, b, h, i))
+    dot_chosen_codes(logits, indices, count, _first(codes), of_keys, lines, bias, step)
 
 
 @njit(**STEP)
@@ -269,15 +290,14 @@ def _filter_items(
     estimates, indices = np.empty(ROWS * stride, np.int32), np.empty(ROWS * stride, np.int32)
     nibbles, codes = np.zeros(ROWS * words * WORD, np.int8), np.zeros(lines * LINE, np.int8)
     logits, scaled, sums = np.empty(ROWS * stride, q.dtype), np.empty(D, q.dtype), np.empty(ROWS * Dv, q.dtype)
-    totals, done = np.empty(ROWS, q.dtype), np.empty(ROWS, np.int64)
+    pieces = (Tk + VALUES - 1) // VALUES
+    totals, ends = np.empty(ROWS, q.dtype), np.empty(ROWS * pieces, np.int64)
     for item in range(first, last):
         head, start = item // blocks, item % blocks * ROWS
         b, h, rows = head // H, head % H, min(ROWS, Tq - start)
         g, kept = h // (H // Hkv), span(counts, head * Tq + start, rows)
         for r in range(rows):
-            row = _row(q_codes, b, h, start + r)
-            for d in range(D):
-                nibbles[r * words * WORD + d] = upper_nibble(np.int32(row[d]), nearest)
+            _set_nibbles(span(nibbles, r * words * WORD, D), _row(q_codes, b, h, start + r), nearest)
         reach = min(Tk, max(0, start + rows + Tk - Tq)) if causal else Tk
         keys = offset(_first(panels), (b * Hkv + g) * n_panels * words * PANEL * WORD)
         _estimate(_first(estimates), stride, _first(nibbles), keys, (reach + PANEL - 1) // PANEL, words, rows)
@@ -287,17 +307,18 @@ def _filter_items(
             of_row = span(estimates, r * stride, min(Tk, max(0, i + 1 + Tk - Tq)) if causal else Tk)
             if masked:
                 _hide(of_row, mask, b, h, i)
-            kept[r] = _kept(of_row, margins[b, h], span(indices, r * stride, stride))
+            kept[r] = _kept(of_row, margins[b, h], span(indices, r * stride, stride), span(ends, r * pieces, pieces))
             here, places = offset(_first(logits), r * stride), offset(_first(indices), r * stride)
-            whole = (kept[r] + LANES - 1) // LANES * LANES
+            whole = _whole(kept[r])
             if exact:
                 _score_rows(here, places, whole, q, b, h, i, scaled, k, g, scale)
             else:
                 _score_codes(here, places, whole, q_codes, b, h, i, codes, of_keys, lines, steps[b, h])
-            _, totals[r], _ = weigh(span(logits, r * stride, kept[r]), q.dtype.type(-np.inf), zero)
+            fill(offset(here, kept[r]), q.dtype.type(-np.inf))
+            totals[r] = soften(here, whole)
         sums[:] = 0
         values, value_stride = _row(v, b, g, 0), v.strides[2] // v.itemsize
-        _add_values(sums, logits, indices, kept, done, stride, values, value_stride, Dv, Tk)
+        _add_values(sums, logits, indices, stride, ends, rows, values, value_stride, Dv)
         for r in range(rows):
             target, factor = _row(out, b, h, start + r), q.dtype.type(1) / totals[r] if kept[r] else zero
             for d in range(Dv):
