@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from costmodel import memory
-from costmodel.methods import steps
 from costmodel.methods.dense import Dense
 from costmodel.ops import Op, Quantity, visible_pairs
 from refimpl.components import ATTENTION
@@ -24,17 +23,15 @@ class Latte(Dense):
     parameters: LatteParameters
 
     def layers(self) -> dict[str, tuple[Quantity, list[Op]]]:
-        fractions = self.parameters.fractions(self.setting.config)
-        if len(set(fractions)) == 1:
-            return {"every layer": (len(fractions), self.filtering_layer(fractions[0]))}
-        return {
-            f"layer {index} keeps {float(part):.4g}": (1, self.filtering_layer(part))
-            for index, part in enumerate(fractions)
-        }
+        return self.layers_by_kind()
 
-    def filtering_layer(self, fraction: Fraction) -> list[Op]:
-        """One attention sublayer that keeps this part of the visible pairs."""
+    def kind(self, index: int) -> str:
+        fractions = self.parameters.fractions(self.setting.config)
+        return self.KIND if len(set(fractions)) == 1 else f"layer {index} keeps {float(fractions[index]):.4g}"
+
+    def context(self, index: int) -> list[Op]:
         s, c = self.setting, self.setting.config
+        fraction = self.parameters.fractions(c)[index]
         maps, kv_maps = s.B * c.heads, s.B * c.kv_heads
         sizes = {
             "maps": maps, "kv_maps": kv_maps, "q_len": s.T, "k_len": s.S, "head_dim": c.head_dim, "causal": s.causal,
@@ -42,14 +39,12 @@ class Latte(Dense):
             "kept": part_of(maps * visible_pairs(s.T, s.S, s.causal), fraction),
         }  # fmt: skip
         return [
-            *steps.project_heads(s),
             Op(ATTENTION, "quantize", {"maps": maps, "elements": maps * s.T * c.head_dim}),
             Op(ATTENTION, "quantize", {"maps": kv_maps, "elements": kv_maps * s.S * c.head_dim}),
             Op(ATTENTION, "filtered_attention", sizes),
-            steps.project_output(s),
         ]
 
-    def attention_live(self) -> list[Quantity]:
+    def context_live(self) -> list[Quantity]:
         """That of ``flash``, and before its output projection the codes."""
         return memory.filtering(self.setting)
 

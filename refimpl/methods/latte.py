@@ -18,7 +18,7 @@ from refimpl.config import ModelConfig
 from refimpl.engines.protocol import Array
 from refimpl.errors import ConfigError
 from refimpl.methods.dense import Dense
-from refimpl.methods.steps import Layer, project_heads, project_output
+from refimpl.methods.steps import Layer, Queries
 from refimpl.methods.subject import Subject
 from refimpl.parameters.latte import LatteParameters
 from refimpl.recorder import At
@@ -47,12 +47,12 @@ class Latte(Dense):
 
         return replace(parameters, thresholds=calibrate_thresholds(parameters, subject))
 
-    def attention(self, at: At, x: Array, layer: Layer) -> Array:
-        q, k, v = project_heads(at, x, layer)
-        return project_output(at, self.filtered_context(at, q.content, k, v, layer), layer)
+    def context(self, at: At, q: Queries, k: Array, v: Array, layer: Layer) -> Array:
+        """Softmax over the kept keys, times their values: (B, H, T, D)."""
+        return self.filtered_context(at, q.content, k, v, layer)
 
     def filtered_context(self, at: At, q: Array, k: Array, v: Array, layer: Layer) -> Array:
-        """Softmax over the kept keys, times their values: (B, H, T, D)."""
+        """`context` of queries (B, H, T, D)."""
         ops, p = at(ATTENTION), self.parameters
         q_codes, q_scale = ops.quantize(q)  # (B, H, T, D), (B, H, 1, 1)
         k_codes, k_scale = ops.quantize(k)  # (B, Hkv, S, D), (B, Hkv, 1, 1)
