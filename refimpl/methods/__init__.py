@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from refimpl.config import ModelConfig
+from refimpl.config import ModelConfig, preset
+from refimpl.errors import ConfigError
 from refimpl.parameters.composition import canonical, members, parameters_of
 
 
@@ -117,16 +118,28 @@ def method(name: str) -> Method:
 
 
 def _combined(names: tuple[str, ...]) -> Method:
-    """A row for methods joined by ``+``; the example model is that of the first that is not exact."""
+    """A row for methods joined by ``+``."""
     rows = [CATALOG[name] for name in names]
     return Method(
         title="; ".join(f"{name}: {row.title}" for name, row in zip(names, rows, strict=True)),
         paper="; ".join(dict.fromkeys(row.paper for row in rows)),
         exact=all(row.exact for row in rows),
-        model=next((row.model for row in rows if not row.exact), rows[0].model),
+        model=_example(names),
         equation="; ".join(row.equation for row in rows),
         reading="; ".join(f"{name}: {row.reading}" for name, row in zip(names, rows, strict=True)),
     )
+
+
+def _example(names: tuple[str, ...]) -> str:
+    """The first of the members' example models that all of them can run on; else the first."""
+    models = [CATALOG[name].model for name in names if not CATALOG[name].exact] or [CATALOG[names[0]].model]
+    for model in models:
+        try:
+            parameters("+".join(names), None, preset(model))
+        except ConfigError:
+            continue
+        return model
+    return models[0]
 
 
 def parameters(name: str, given: Any, config: ModelConfig) -> Any:

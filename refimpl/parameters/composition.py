@@ -52,6 +52,22 @@ def in_common(one: str, other: str) -> tuple[str, ...]:
     return tuple(part for part in PARTS if part in declared(one) and part in declared(other))
 
 
+def combines(one: str, other: str) -> str:
+    """Whether two methods can be combined: "yes"; "in part", with some of several parts at off; or "no"."""
+    if not in_common(one, other):
+        return "yes"
+    pairs = itertools.product(_choices(one), _choices(other))
+    return "in part" if any(not set(first) & set(second) for first, second in pairs) else "no"
+
+
+def _choices(method: str) -> list[tuple[str, ...]]:
+    """What a method may replace: its attention, its feed-forward, or both, where either can be at off alone."""
+    parts = declared(method)
+    if not hasattr(PARAMETERS[method], "replaces"):
+        return [parts]
+    return [parts, tuple(part for part in parts if part in ATTENTION), *((p,) for p in parts if p not in ATTENTION)]
+
+
 def parameters_of(name: str, given: Any) -> Any:
     """The parameters of a method or combination: from names and values, or as they are where they are made already."""
     kind = PARAMETERS[name]
@@ -99,7 +115,7 @@ class Composition:
                 if part in replaced:
                     raise ConfigError(
                         f"{one} and {other} cannot be combined: both replace '{part}' ({PARTS[part]}): leave one of "
-                        "them out"
+                        f"them out{_or_at_off(one, other)}"
                     )
         for _, given in self.members:
             given.check(config)
@@ -117,6 +133,12 @@ class Composition:
     def PER_LENGTH(self) -> bool:  # as in the parameters of methods
         """Whether what is found beforehand fits one length alone."""
         return any(getattr(given, "PER_LENGTH", False) for _, given in self.members)
+
+
+def _or_at_off(one: str, other: str) -> str:
+    """What else can be done where one of two methods has several parts."""
+    several = next((name for name in (other, one) if hasattr(PARAMETERS[name], "replaces")), None)
+    return f", or put that part of {several} at off" if several and combines(one, other) == "in part" else ""
 
 
 def replaced_by(method: str, given: Any, config: ModelConfig) -> tuple[str, ...]:
