@@ -30,6 +30,13 @@ class Latte(Dense):
         return self.KIND if len(set(fractions)) == 1 else f"layer {index} keeps {float(fractions[index]):.4g}"
 
     def context(self, index: int) -> list[Op]:
+        return self._filtered("filtered_attention", index)
+
+    def attention_map(self, index: int) -> list[Op]:
+        return self._filtered("filtered_map", index)
+
+    def _filtered(self, op: str, index: int) -> list[Op]:
+        """Codes, and the op that keeps a part of the visible pairs."""
         s, c = self.setting, self.setting.config
         fraction = self.parameters.fractions(c)[index]
         maps, kv_maps = s.B * c.heads, s.B * c.kv_heads
@@ -41,12 +48,16 @@ class Latte(Dense):
         return [
             Op(ATTENTION, "quantize", {"maps": maps, "elements": maps * s.T * c.head_dim}),
             Op(ATTENTION, "quantize", {"maps": kv_maps, "elements": kv_maps * s.S * c.head_dim}),
-            Op(ATTENTION, "filtered_attention", sizes),
+            Op(ATTENTION, op, sizes),
         ]
 
     def context_live(self) -> list[Quantity]:
         """That of ``flash``, and before its output projection the codes."""
         return memory.filtering(self.setting)
+
+    def map_live(self) -> list[Quantity]:
+        """That of ``dense`` with one map instead of scores and map, and before it the codes."""
+        return memory.filtering_map(self.setting)
 
 
 def part_of(pairs: Quantity, fraction: Fraction) -> Any:

@@ -73,10 +73,12 @@ class Reuse(Dense):
 
     def _compute(self, at: At, x: Array, layer: Layer) -> Array:
         q, k, v = self.whole.project(at, x, layer)
-        scores = logits(at, q, k, layer)  # (B, H, T, T)
-        weights = at(SOFTMAX).softmax(scores, layer.causal)
-        self.shared[layer.index] = weights if self.parameters.share == "probabilities" else scores
-        del scores
+        if self.parameters.share == "probabilities":
+            weights = self.shared[layer.index] = self.whole.attention_map(at, q, k, layer)  # (B, H, T, T)
+        else:
+            scores = self.shared[layer.index] = logits(at, q, k, layer)  # (B, H, T, T)
+            weights = at(SOFTMAX).softmax(scores, layer.causal)
+            del scores
         return at(WEIGHTED_SUM).weighted_sum(weights, v, layer.causal)  # (B, H, T, D)
 
     def _reuse(self, at: At, x: Array, layer: Layer, leader: int) -> Array:

@@ -119,6 +119,8 @@ class Composition:
                     )
         for _, given in self.members:
             given.check(config)
+            if hasattr(given, "check_beside"):
+                given.check_beside(self.owners(config), config)
 
     def owners(self, config: ModelConfig) -> dict[str, str]:
         """Part -> the method that replaces it."""

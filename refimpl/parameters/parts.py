@@ -20,7 +20,7 @@ REPLACES: dict[str, tuple[str, ...]] = {
     "folding": (*ATTENTION, "feed-forward"),
     "svd-softmax": ("head",),
     "attmemo": ATTENTION,
-    "latte": ("map", "context"),
+    "latte": ("map",),
     "kvsharer": ("weights", "keys"),
     "headshare": ("weights",),
     "efficientasr": (*ATTENTION, "feed-forward"),

@@ -110,7 +110,7 @@ def test_recorded_ops_of_a_stream_equal_closed_form(method: str, data: st.DataOb
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(data=st.data())
 def test_recorded_ops_of_combined_methods_equal_closed_form(recipe: str, data: st.DataObject) -> None:
     """Any methods that can be combined: op by op, the counted cost of each op, the bytes of their weights."""
@@ -129,7 +129,7 @@ def test_recorded_ops_of_combined_methods_equal_closed_form(recipe: str, data: s
     assert estimate.resident_bytes == bytes_of(ready.weights)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(data=st.data())
 def test_recorded_ops_of_combined_methods_with_a_cache_equal_closed_form(data: st.DataObject) -> None:
     """The same with keys and values in a cache, in a prefill and behind it, and the bytes of the cache."""

@@ -159,7 +159,7 @@ def test_a_method_that_declares_nothing_replaces_the_whole_attention(monkeypatch
 def test_row_of_a_combination_is_that_of_its_members() -> None:
     row = method("svd-softmax+reuse")
     assert not row.exact
-    assert row.model == CATALOG["reuse"].model
+    assert row.model == CATALOG["svd-softmax"].model  # reuse's own has no head
     assert CATALOG["reuse"].equation in row.equation
     assert CATALOG["svd-softmax"].equation in row.equation
 
@@ -170,7 +170,7 @@ def test_row_of_a_combination_is_that_of_its_members() -> None:
 @pytest.mark.parametrize(("off", "on"), [pair for pair in _pairs() if pair[0] in OFF])
 def test_a_member_at_off_leaves_the_other_alone_bit_for_bit(off: str, on: str) -> None:
     """Where the member at off has the attention, that is as in ``dense``, not fused as that of svd-softmax alone."""
-    materialised = {"fused": False} if on == "svd-softmax" and "context" in REPLACES[off] else {}
+    materialised = {"fused": False} if on == "svd-softmax" and {"map", "context"} & set(REPLACES[off]) else {}
     model, own = _model(), {**ON[on], **materialised}
     alone = forward(model, IDS, on, own)
     both = forward(model, IDS, f"{off}+{on}", {off: OFF[off], on: own})
@@ -259,6 +259,52 @@ def test_decoding_gives_what_a_whole_pass_gives(data: st.DataObject) -> None:
     np.testing.assert_allclose(np.concatenate([prefill, steps], axis=1), whole, rtol=2e-3, atol=2e-4)
 
 
+def test_reuse_beside_latte_hands_on_the_filtered_map() -> None:
+    """The definition: a compute layer's map is zero where latte drops a key, and reuse layers take that map."""
+    model, kept = _model(), []
+    given = {"reuse": {"group": 2}, "latte": {"gamma": 0.9}}
+    program = Composite(model.config, parameters("reuse+latte", given, model.config))
+    filtering = program.members["latte"].attention_map
+
+    def watched(*operands: Any) -> Any:
+        kept.append(filtering(*operands))
+        return kept[-1]
+
+    program.members["latte"].attention_map = watched  # type: ignore[method-assign]
+    runner = Runner(model, "numpy")
+    ready = runner.prepare("reuse+latte", given, IDS)
+    run = Runner(replace(model, weights=ready.weights), "numpy")(IDS, program)
+    assert [call.op for call in run.calls].count("filtered_map") == len(kept) == 2  # of four layers
+    for weights in kept:
+        assert 0 < np.count_nonzero(weights) < 0.9 * np.count_nonzero(np.tri(12)) * 2 * 6
+        np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-5)
+    latte = forward(model, IDS, "latte", {"gamma": 0.9})
+    first = {call.op: dict(call.sizes)["kept"] for call in latte.calls[:12] if call.op == "filtered_attention"}
+    assert np.count_nonzero(kept[0]) == first["filtered_attention"]  # the first layer filters as without reuse
+
+
+def test_all_three_of_the_manual_s_example_together() -> None:
+    config = small_llama(4)
+    model, name = load_model(config, seed=3), "reuse+svd-softmax+latte"
+    given = {"reuse": {"group": 2}, "svd-softmax": {"window": 5, "candidates": 7}, "latte": {"kept": 0.4}}
+    run = forward(model, IDS, name, given)
+    assert {"filtered_map", "top", "refine"} <= {call.op for call in run.calls}
+    assert not {"scores", "attention", "filtered_attention"} & {call.op for call in run.calls}
+    off = {**given, "latte": OFF["latte"]}
+    without = {member: given[member] for member in ("reuse", "svd-softmax")}
+    np.testing.assert_array_equal(
+        forward(model, IDS, name, off).output, forward(model, IDS, "reuse+svd-softmax", without).output
+    )
+
+
+@pytest.mark.parametrize(
+    ("reuse", "message"), [({"share": "scores"}, "hands on scores before softmax"), ({"heads": 2}, "a part of their")]
+)
+def test_reuse_that_needs_more_than_the_filtered_map_is_refused(reuse: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        forward(_model(), IDS, "reuse+latte", {"reuse": reuse, "latte": {"gamma": 0.5}})
+
+
 # --- preparation and memory -------------------------------------------------------------------------------------------
 
 
@@ -303,7 +349,7 @@ COMBINED = [
     ("kvsharer+latte", {"kvsharer": {"strategy": [[3, 1]]}, "latte": {"gamma": 0.1}}),
     ("reuse+svd-softmax", {"reuse": {"group": 2}}),
     ("reuse+efficientasr", {"reuse": {"group": 4}, "efficientasr": ON["efficientasr"]}),
-    ("headshare+latte", {"latte": {"gamma": 0.1}}),
+    ("reuse+latte", {"reuse": {"group": 2}, "latte": {"gamma": 0.1}}),
 ]
 
 
