@@ -109,6 +109,14 @@ class Composition:
 
     def check(self, config: ModelConfig) -> None:
         """Raise ConfigError where two methods replace the same part, or parameters do not fit the model."""
+        self.check_parts(config)
+        for _, given in self.members:
+            given.check(config)
+            if hasattr(given, "check_beside"):
+                given.check_beside(self.owners(config), config)
+
+    def check_parts(self, config: ModelConfig) -> None:
+        """Raise ConfigError where two methods replace the same part."""
         for (one, first), (other, second) in itertools.combinations(self.members, 2):
             replaced = replaced_by(other, second, config)
             for part in replaced_by(one, first, config):
@@ -117,10 +125,6 @@ class Composition:
                         f"{one} and {other} cannot be combined: both replace '{part}' ({PARTS[part]}): leave one of "
                         f"them out{_or_at_off(one, other)}"
                     )
-        for _, given in self.members:
-            given.check(config)
-            if hasattr(given, "check_beside"):
-                given.check_beside(self.owners(config), config)
 
     def owners(self, config: ModelConfig) -> dict[str, str]:
         """Part -> the method that replaces it."""

@@ -146,7 +146,8 @@ def test_explain_says_what_a_method_combines_with(method: str) -> None:
 def test_explain_of_a_combination(effref) -> None:
     shown = effref("explain", "--method", "latte+reuse").stdout
     assert "reuse: weights, keys, context; latte: map" in shown
-    assert "combines with  svd-softmax; with some parts at off folding, efficientasr" in shown
+    assert "combines with  svd-softmax" in shown
+    assert "with some parts at off folding, efficientasr" in shown
     assert "reuse.group" in shown
     assert "latte.kept" in shown
     assert "compute layer" in shown
