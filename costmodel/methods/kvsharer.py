@@ -6,6 +6,8 @@ Scores, weighted sum and what they read are those of every layer.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from costmodel import memory
 from costmodel.methods import steps
 from costmodel.methods.dense import Dense
@@ -91,7 +93,7 @@ class KVSharer(Dense):
     def _count(self) -> int:
         return self.parameters.count(self.setting.config)
 
-    @property
+    @cached_property
     def _sources(self) -> tuple[int, ...]:
         return self.parameters.sources(self.setting.config)
 

@@ -6,6 +6,7 @@ How many pairs are kept depends on the data: it is a size of the op, here a give
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,7 @@ class Latte(Dense):
         return self.layers_by_kind()
 
     def kind(self, index: int) -> str:
-        fractions = self.parameters.fractions(self.setting.config)
-        return self.KIND if len(set(fractions)) == 1 else f"layer {index} keeps {float(fractions[index]):.4g}"
+        return self.KIND if self._alike else f"layer {index} keeps {float(self._fractions[index]):.4g}"
 
     def context(self, index: int) -> list[Op]:
         return self._filtered("filtered_attention", index)
@@ -38,7 +38,7 @@ class Latte(Dense):
     def _filtered(self, op: str, index: int) -> list[Op]:
         """Codes, and the op that keeps a part of the visible pairs."""
         s, c = self.setting, self.setting.config
-        fraction = self.parameters.fractions(c)[index]
+        fraction = self._fractions[index]
         maps, kv_maps = s.B * c.heads, s.B * c.kv_heads
         sizes = {
             "maps": maps, "kv_maps": kv_maps, "q_len": s.T, "k_len": s.S, "head_dim": c.head_dim, "causal": s.causal,
@@ -50,6 +50,15 @@ class Latte(Dense):
             Op(ATTENTION, "quantize", {"maps": kv_maps, "elements": kv_maps * s.S * c.head_dim}),
             Op(ATTENTION, op, sizes),
         ]
+
+    @cached_property
+    def _alike(self) -> bool:
+        """Whether all layers keep the same part."""
+        return len(set(self._fractions)) == 1
+
+    @cached_property
+    def _fractions(self) -> tuple[Fraction, ...]:
+        return self.parameters.fractions(self.setting.config)
 
     def context_live(self) -> list[Quantity]:
         """That of ``flash``, and before its output projection the codes."""

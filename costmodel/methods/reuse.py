@@ -6,6 +6,8 @@ positions. L layers in groups of G have ceil(L / G) compute layers.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from costmodel import memory
 from costmodel.methods import steps
 from costmodel.methods.dense import Dense
@@ -133,7 +135,7 @@ class Reuse(Dense):
         """The layers that take a map."""
         return [index for index, leader in enumerate(self._leaders) if leader != index]
 
-    @property
+    @cached_property
     def _leaders(self) -> tuple[int, ...]:
         return self.parameters.leaders(self.setting.config.layers)
 
