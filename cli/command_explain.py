@@ -28,12 +28,13 @@ def command(
     Examples:
       effref explain --method reuse
       effref explain --method flash --model gpt2 --format md
+      effref explain --method reuse+svd-softmax
     """
     from .explanation import explain
-    from .request import check_params
+    from .request import check_params, params_of
 
     target = Target.of(form, path)
     check_params(params, (method,))
-    found = explain(method, model, params.get(method), causal)
+    found = explain(method, model, params_of(method, params), causal)
     json = lambda: render.as_json(found.as_dict())  # noqa: E731
     target.write_blocks(lambda: render.explain_blocks(found), Progress.on_stderr(quiet), json=json)

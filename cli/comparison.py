@@ -22,8 +22,6 @@ from costmodel.predict import Prediction, predict
 from refimpl.cache import Cache
 from refimpl.config import DTYPES, ModelConfig
 from refimpl.errors import ConfigError, InputError, UnsupportedError
-from refimpl.methods.dense import Dense
-from refimpl.methods.programs import PROGRAMS
 from refimpl.model import Prepared, Runner
 from refimpl.weights import Model, load_model
 
@@ -32,7 +30,7 @@ from .agreement import Agreement, NextToken
 from .curves import Choices, Point, Settings, points
 from .material import TOKENS, WINDOWS, Material, Wanted, gather
 from .measurement import DECODE_REPEATS, REPEATS, SECONDS, Timing
-from .preparation import prepared
+from .preparation import looks_first, prepared
 from .progress import Progress
 from .request import BASELINES, Request, resolve
 from .results import Samples
@@ -254,13 +252,8 @@ def _announce(plan: Plan, material: Material, progress: Progress) -> None:
     for note in material.notes:
         progress.note(note)
     progress.note(f"input: {material.source}")
-    if any(_looks_first(point.method) for point in plan.points):
+    if any(looks_first(point.method) for point in plan.points):
         progress.note(f"methods are prepared on: {material.calibration_source}")
-
-
-def _looks_first(method: str) -> bool:
-    """Whether a method finds something before it runs."""
-    return PROGRAMS[method].complete.__func__ is not Dense.complete.__func__  # type: ignore[attr-defined]
 
 
 # --- the passes -----------------------------------------------------------------------------------------------------
@@ -361,7 +354,7 @@ class Bench:
 
     def _prepared(self, point: Point) -> Prepared:
         """With what the method has to find first, on the input for calibration."""
-        if not _looks_first(point.method):
+        if not looks_first(point.method):
             return self.runner.prepare(point.method, point.params)
         ready, _ = prepared(self.runner, point.method, point.params, self.material.calibration, self.progress)
         return ready

@@ -11,8 +11,10 @@ from typing import Any
 from refimpl.config import ModelConfig
 from refimpl.errors import ConfigError, unknown
 from refimpl.parameters import PARAMETERS
+from refimpl.parameters.composition import members
 
-from .request import BASELINES
+from .request import BASELINES, params_of
+from .results import flat
 
 Settings = Mapping[str, Mapping[str, Any]]  # method -> parameter -> value
 Choices = Mapping[str, Mapping[str, Sequence[Any]]]  # method -> parameter -> values
@@ -78,13 +80,37 @@ def points(
     found = [Point(name, {}, name) for name in BASELINES]
     for name in methods:
         if name not in BASELINES:
-            found += _curves(name, params.get(name, {}), over.get(name, {}), vary.get(name, {}), config)
+            fixed, turned, varied = (flat(params_of(name, given) or {}) for given in (params, over, vary))
+            found += _curves(name, fixed, turned, varied, config)
     return tuple(found)
+
+
+def _by_method(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `results.flat`."""
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        method, dot, key = name.partition(".")
+        if dot:
+            found.setdefault(method, {})[key] = value
+        else:
+            found[name] = value
+    return found
+
+
+def sweep_of(name: str, fixed: Mapping[str, Any], config: ModelConfig) -> dict[str, Sequence[Any]]:
+    """The knobs of a method, or of every method of several; none of one that is given what it would search for."""
+    names = members(name)
+    found: dict[str, Sequence[Any]] = {}
+    for one in names:
+        row, prefix = PARAMETERS[one], "" if len(names) == 1 else f"{one}."
+        if f"{prefix}{getattr(row, 'FILE', None)}" not in fixed:
+            found |= {prefix + knob: values for knob, values in row.sweep(config).items()}
+    return found
 
 
 def _check(option: str, given: Settings, methods: Sequence[str]) -> None:
     for name, chosen in given.items():
-        if name not in methods:
+        if name not in {one for method in methods for one in members(method)}:
             raise ConfigError(f"{option} is given for '{name}', which is not among the methods: {', '.join(methods)}")
         known = list(PARAMETERS[name].__dataclass_fields__)
         for key, value in chosen.items():
@@ -99,17 +125,16 @@ def _curves(
     config: ModelConfig,
 ) -> Iterator[Point]:  # fmt: skip
     _check_apart(name, {"--set": fixed, "--over": over, "--vary": vary})
-    row = PARAMETERS[name]
-    knobs = over or ({} if getattr(row, "FILE", None) in fixed else row.sweep(config))
+    knobs = over or sweep_of(name, fixed, config)
     turned = {knob: values for knob, values in knobs.items() if knob not in fixed and knob not in vary}
     for chosen in itertools.product(*vary.values()):
         own = dict(zip(vary, chosen, strict=True))
         curve = " ".join([name, *(f"{key}={plain(value)}" for key, value in own.items())])
         for knob, values in turned.items():
             for value in values:
-                yield Point(name, {**fixed, **own, knob: value}, curve, knob, value)
+                yield Point(name, _by_method({**fixed, **own, knob: value}), curve, knob, value)
         if not turned:
-            yield Point(name, {**fixed, **own}, curve)
+            yield Point(name, _by_method({**fixed, **own}), curve)
 
 
 def _check_apart(name: str, options: Mapping[str, Mapping[str, Any]]) -> None:

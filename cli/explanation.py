@@ -14,6 +14,7 @@ from refimpl.components import COMPONENTS
 from refimpl.config import ModelConfig
 from refimpl.methods import CATALOG, Method, method, parameters
 from refimpl.parameters import PARAMETERS
+from refimpl.parameters.composition import canonical, combines, declared, members
 from refimpl.weights import resolve_config
 
 FIGURES = ("matmul_flops", "vector_flops", "bytes_read", "bytes_written")
@@ -77,12 +78,43 @@ class Explanation:
     @property
     def row(self) -> Method:
         """The method's row of the catalogue."""
-        return CATALOG[self.name]
+        return method(self.name)
 
     @property
     def parameters(self) -> list[tuple[str, Any, str]]:
-        """Name, default and meaning of each parameter."""
-        return [(f.name, f.default, f.metadata["about"]) for f in fields(PARAMETERS[self.name])]
+        """Name, default and meaning of each parameter; ``reuse.group`` where there are several methods."""
+        prefix = "{}." if "+" in self.name else ""
+        return [
+            (prefix.format(name) + f.name, f.default, f.metadata["about"])
+            for name in members(self.name)
+            for f in fields(PARAMETERS[name])
+        ]
+
+    @property
+    def combines_with(self) -> dict[str, str]:
+        """The other methods that can be combined with it, as they are ("yes") or with some of their parts at off."""
+        own, found = members(self.name), {}
+        for other in (name for name in CATALOG if name not in (*own, "dense")):
+            verdicts = {combines(one, other) for one in own}
+            if "no" not in verdicts:
+                found[other] = "in part" if "in part" in verdicts else "yes"
+        return found
+
+    @property
+    def combines_with_text(self) -> str:
+        """The same in words."""
+        whole, part = (
+            ", ".join(name for name, verdict in self.combines_with.items() if verdict == wanted)
+            for wanted in ("yes", "in part")
+        )
+        return "; ".join([*([whole] if whole else []), *([f"with some parts at off {part}"] if part else [])]) or "none"
+
+    @property
+    def replaced_text(self) -> str:
+        """The parts in words, with the method where there are several."""
+        if "+" not in self.name:
+            return ", ".join(declared(self.name)) or "nothing"
+        return "; ".join(f"{name}: {', '.join(declared(name))}" for name in members(self.name))
 
     @property
     def symbols(self) -> dict[str, str]:
@@ -106,6 +138,8 @@ class Explanation:
             "source": self.row.paper,
             "equation": self.row.equation,
             "reading": self.row.reading,
+            "replaces": {name: list(declared(name)) for name in members(self.name)},
+            "combines_with": self.combines_with,
             "parameters": [
                 {"name": name, "default": default, "about": about} for name, default, about in self.parameters
             ],
@@ -139,7 +173,7 @@ def explain(
     Parameters
     ----------
     name : str
-        A name of the catalogue.
+        A name of the catalogue, or several joined by ``+``.
     model : str, Path or ModelConfig, optional
         Decides positions, key heads, biases and mask; its sizes become symbols. Default: the method's example model.
     params : mapping, optional
@@ -152,6 +186,7 @@ def explain(
     ConfigError
         Unknown method, model or parameter.
     """
+    name = canonical(name)
     config = resolve_config(method(name).model if model is None else model)
     chosen = parameters(name, params, config)
     masked = config.causal if causal is None else causal

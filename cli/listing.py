@@ -14,6 +14,7 @@ def methods() -> Rows:
     from refimpl.engines import ENGINES
     from refimpl.methods import CATALOG
     from refimpl.parameters import PARAMETERS
+    from refimpl.parameters.composition import declared
 
     return [
         {
@@ -24,6 +25,7 @@ def methods() -> Rows:
             "example_model": row.model,
             "parameters": {field.name: field.default for field in fields(PARAMETERS[name])},
             "engines": list(ENGINES),
+            "replaces": list(declared(name)),
         }
         for name, row in CATALOG.items()
     ]

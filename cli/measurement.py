@@ -26,6 +26,7 @@ from refimpl.errors import ConfigError, InputError, UnsupportedError
 from refimpl.inputs import Inputs, load_input, random_inputs
 from refimpl.model import Prepared, Run, Runner, sequence_length
 from refimpl.parameters import PARAMETERS
+from refimpl.parameters.composition import members
 from refimpl.weights import Model, load_model
 
 from . import context, machines, results
@@ -258,10 +259,10 @@ class Bench:
 
         On the longest input for all lengths, or on each input where what is found fits one length alone.
         """
-        lengths, given = self.request.lengths, self.request.params.get(name)
+        lengths, given = self.request.lengths, self.request.params_of(name)
         ready: dict[int, Prepared] = {}
         for length in reversed(lengths):
-            if not ready or getattr(PARAMETERS[name], "PER_LENGTH", False):
+            if not ready or any(getattr(PARAMETERS[one], "PER_LENGTH", False) for one in members(name)):
                 inputs = self.inputs[length].array
                 found, _ = prepared(self.runner, name, given, inputs, self.progress, self.request.causal)
             ready[length] = found

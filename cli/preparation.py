@@ -16,8 +16,11 @@ from refimpl.engines.protocol import Array
 from refimpl.errors import ConfigError
 from refimpl.inputs import load_input
 from refimpl.methods import CATALOG, parameters
+from refimpl.methods.dense import Dense
+from refimpl.methods.programs import PROGRAMS
 from refimpl.model import Prepared, Runner
 from refimpl.parameters import PARAMETERS
+from refimpl.parameters.composition import members
 from refimpl.preparation.checksum import checksum
 from refimpl.weights import load_model
 
@@ -78,6 +81,8 @@ def request_for(
     model: str | Path | ModelConfig | None, method: str, params: Mapping[str, Any] | None, **given: Any
 ) -> Request:
     """What is asked for, checked; ConfigError for a method that finds nothing beforehand."""
+    if "+" in method:
+        raise ConfigError(f"'{method}' names several methods: prepare them one by one, and give each what was found")
     able = [name for name, kind in PARAMETERS.items() if hasattr(kind, "to_document")]
     if method in CATALOG and method not in able:
         raise ConfigError(f"method '{method}' finds nothing before it runs; these do: {', '.join(able)}")
@@ -117,6 +122,8 @@ def prepared(
     document : dict or None
         What was found; None where nothing had to be.
     """
+    if len(members(method)) > 1:
+        return _prepared_together(runner, method, params, inputs, progress, causal), None
     given = parameters(method, params, runner.config)
     place = _place(runner, method, given, inputs)
     if place is not None and place.is_file():
@@ -130,6 +137,24 @@ def prepared(
             progress.line(f"read from {place}")
             return ready, document
     return _prepared_now(runner, method, params, inputs, place, progress, causal)
+
+
+def looks_first(method: str) -> bool:
+    """Whether a method, or one of several, finds something before it runs."""
+    return any(PROGRAMS[one].complete.__func__ is not Dense.complete.__func__ for one in members(method))  # type: ignore[attr-defined]
+
+
+def _prepared_together(
+    runner: Runner, method: str, params: Mapping[str, Any] | None, inputs: Array, progress: Progress,
+    causal: bool | None,
+) -> Prepared:  # fmt: skip
+    """Every member finds, and keeps, what it would alone."""
+    alone, found = Runner(runner.model, runner.engine), dict(params or {})  # what is made of it for one goes with it
+    parameters(method, params, runner.config)  # refuses what cannot be combined before any search
+    for name in members(method):
+        if looks_first(name):
+            found[name] = prepared(alone, name, found.get(name), inputs, progress, causal)[0].parameters
+    return runner.prepare(method, found, inputs, progress.advance, causal)
 
 
 def _prepared_now(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .layout import Block, Row, Table
-from .results import length_of, place_of
+from .results import flat, length_of, place_of
 
 if TYPE_CHECKING:
     from costmodel.hardware import Hardware
@@ -123,8 +123,8 @@ def _steps_text(config: Mapping[str, Any]) -> str:
 
 
 def parameters_text(params: Mapping[str, Any]) -> str:
-    """``group=2, share=probabilities``, leaving out what is not set."""
-    return ", ".join(f"{name}={_plain(value)}" for name, value in params.items() if value is not None)
+    """``group=2, share=probabilities``, leaving out what is not set; of several methods ``reuse.group=2``."""
+    return ", ".join(f"{name}={_plain(value)}" for name, value in flat(params).items() if value is not None)
 
 
 def _plain(value: Any) -> str:
@@ -555,9 +555,11 @@ def explain_blocks(found: Explanation) -> list[Block]:
         f"{found.name}: {row.title} ({'exact' if row.exact else 'approximate'})",
         f"equation   {row.equation}\nsource     {row.paper}\nour part   {row.reading}",
     ]
+    blocks.append(f"replaces       {found.replaced_text}\ncombines with  {found.combines_with_text}")
     if found.parameters:
         cells = [[name, _plain(default), about] for name, default, about in found.parameters]
-        blocks.append(Table("parameters", ["--set " + found.name + ".", "default", "meaning"], cells, left=3))
+        of = "" if "+" in found.name else found.name + "."
+        blocks.append(Table("parameters", ["--set " + of, "default", "meaning"], cells, left=3))
     mask = ", causal" if found.causal else ""
     chosen = f"; {parameters_text(found.chosen)}" if found.chosen else ""
     letters = ", ".join(f"{letter} {meaning}" for letter, meaning in found.symbols.items())

@@ -13,6 +13,8 @@ from refimpl.config import PHASES, ModelConfig, Workload, override, preset
 from refimpl.engines import ENGINES
 from refimpl.errors import ConfigError, unknown
 from refimpl.methods import CATALOG
+from refimpl.methods import method as method_row
+from refimpl.parameters.composition import as_dict, canonical, members
 from refimpl.weights import resolve_config
 
 from .context import cores
@@ -37,7 +39,7 @@ class Request:
     lengths, methods : tuple
         Lengths are T of a prefill, or in decoding the positions S that the cache holds before the first step.
     params : dict
-        Method -> its parameters as given.
+        Method -> its parameters as given; a combination takes those of its members.
     steps : int
         Tokens of a decoding pass, one after the other; chunks of a streaming model.
     """
@@ -90,7 +92,11 @@ class Request:
 
     def estimate(self, method: str, length: int, parameters: Any = None) -> Estimate:
         """What a method costs at a length, under these parameters instead of the given ones."""
-        return costmodel.estimate(method, self.config, self.workload(length), parameters or self.params.get(method))
+        return costmodel.estimate(method, self.config, self.workload(length), parameters or self.params_of(method))
+
+    def params_of(self, method: str) -> Mapping[str, Any] | None:
+        """The parameters given for a method; for several combined, by method."""
+        return params_of(method, self.params)
 
     def as_config(self) -> dict[str, Any]:
         """Every resolved input, for the ``config`` of a result."""
@@ -99,7 +105,7 @@ class Request:
             "seq": [self.step_positions] if self.decodes else list(self.lengths),
             **({"kv_len": list(self.lengths), "steps": self.steps} if self.decodes else {}),
             "method": list(self.methods),
-            "params": {name: asdict(self.estimate(name, self.lengths[0]).parameters) for name in self.methods},
+            "params": {name: as_dict(self.estimate(name, self.lengths[0]).parameters) for name in self.methods},
             "batch": self.batch,
             "dtype": self.dtype,
             "phase": self.phase,
@@ -161,18 +167,15 @@ def resolve(
 
 
 def _methods(given: str | Sequence[str]) -> tuple[str, ...]:
-    methods = tuple(dict.fromkeys([given] if isinstance(given, str) else given))
-    if not methods:
+    names = [given] if isinstance(given, str) else given
+    if not names:
         raise ConfigError(f"no method given; known: {', '.join(CATALOG)}")
-    for name in methods:
-        if name not in CATALOG:
-            raise unknown("method", name, CATALOG)
-    return methods
+    return tuple(dict.fromkeys(canonical(name) for name in names))
 
 
 def _default_model(methods: tuple[str, ...], phase: str) -> str:
     """The example model of the first method that is not a baseline; one that can decode where that is asked for."""
-    model = CATALOG[next((name for name in methods if name not in BASELINES), methods[0])].model
+    model = method_row(next((name for name in methods if name not in BASELINES), methods[0])).model
     decodes = preset(model).generates or preset(model).streams
     return DECODER if phase == "decode" and not decodes else model
 
@@ -207,14 +210,21 @@ def _rising(name: str, given: int | Sequence[int]) -> tuple[int, ...]:
 
 def check_params(given: Mapping[str, Mapping[str, Any]], methods: tuple[str, ...]) -> Mapping[str, Mapping[str, Any]]:
     """Raise ConfigError for parameters of a method that is not asked for."""
+    asked_for = {one for name in methods for one in members(name)}
     for name in given:
         if name not in CATALOG:
             raise unknown("method", name, CATALOG)
-        if name not in methods:
+        if name not in asked_for:
             raise ConfigError(
                 f"parameters are given for '{name}', which is not among the methods: {', '.join(methods)}"
             )
     return given
+
+
+def params_of(method: str, given: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """What is given for a method: its parameters; for several combined, those of each by its name."""
+    names = members(method)
+    return given.get(names[0]) if len(names) == 1 else {name: given[name] for name in names if name in given}
 
 
 def device_and_engine(device: str | None, engine: str | None) -> tuple[str, str]:

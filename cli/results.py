@@ -13,6 +13,7 @@ from costmodel.closed_form import Estimate
 from costmodel.hardware import Hardware
 from costmodel.ops import Cost
 from costmodel.predict import Prediction, Seconds
+from refimpl.parameters.composition import as_dict
 
 from .request import BASELINES, Request
 
@@ -65,7 +66,21 @@ def describe(hardware: Hardware) -> dict[str, Any]:
 
 def plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters as JSON has them: an opened database by its name."""
-    return {name: str(value) if hasattr(value, "records") else value for name, value in parameters.items()}
+    return {name: _plain(value) for name, value in parameters.items()}
+
+
+def flat(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters by name; those of several methods as ``reuse.group``."""
+    found: dict[str, Any] = {}
+    for name, value in parameters.items():
+        found |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, Mapping) else {name: value}
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):  # of a method among several
+        return plain(value)
+    return str(value) if hasattr(value, "records") else value
 
 
 def length_of(result: Mapping[str, Any]) -> int:
@@ -85,7 +100,7 @@ def entry(request: Request, method: str, prediction: Prediction) -> dict[str, An
     costs, calls, times = estimate.by_component(), estimate.calls(), prediction.by_component()
     return {
         "method": method,
-        "params": plain(asdict(estimate.parameters)),
+        "params": plain(as_dict(estimate.parameters)),
         "seq": workload.seq,
         **({"kv_len": workload.kv_len, "steps": workload.steps} if request.decodes else {}),
         "batch": request.batch,

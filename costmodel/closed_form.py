@@ -15,9 +15,7 @@ from costmodel.ops import Cost, Op, Quantity
 from costmodel.streaming import cached_positions, chunks_of, earlier_outputs
 from refimpl.components import CACHE, COMPONENTS, CONVOLUTION, HEAD, NORM, RESIDUAL, STEM
 from refimpl.config import DTYPES, ModelConfig, Workload
-from refimpl.errors import unknown
-from refimpl.parameters import PARAMETERS
-from refimpl.parameters.base import make
+from refimpl.parameters.composition import canonical, parameters_of
 
 
 @dataclass(frozen=True)
@@ -92,22 +90,20 @@ def estimate(method: str, config: ModelConfig, workload: Workload, params: Any =
     Parameters
     ----------
     method : str
-        A name of the catalogue.
+        A name of the catalogue, or several joined by ``+``, as ``reuse+svd-softmax``.
     config : ModelConfig
     workload : Workload
         Its `seq` and `batch` may be arrays: every figure is then an array of the same shape.
     params : mapping or parameters, optional
-        The method's parameters, by name or as their class holds them.
+        The method's parameters, by name or as their class holds them; of several methods by method.
 
     Raises
     ------
     ConfigError
-        Unknown method or parameter, or parameters that do not fit the model.
+        Unknown method or parameter, parameters that do not fit the model, methods that cannot be combined.
     """
-    if method not in COSTS:
-        raise unknown("method", method, COSTS)
-    cost, kind = COSTS[method], PARAMETERS[method]
-    parameters = params if isinstance(params, kind) else make(kind, method, params)
+    method = canonical(method)
+    cost, parameters = COSTS[method], parameters_of(method, params)
     parameters.check(config)
     workload.check(config)
     settings = steps_of(config, workload)

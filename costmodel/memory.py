@@ -57,6 +57,14 @@ def filtering(s: Setting) -> list[Quantity]:
     return [output, output - hidden(s) + keys + (s.rows * s.config.d_attention + 3 * keys) // 4]
 
 
+def filtering_map(s: Setting) -> list[Quantity]:
+    """Attention that holds its filtered map: the op, beside codes laid out for it; the output projection."""
+    (fused_output,) = fused(s)
+    one, keys = maps(s, s.config.heads), s.B * s.S * s.config.d_kv
+    before = fused_output - hidden(s) - _context(s)
+    return [fused_output + one, before + one + (s.rows * s.config.d_attention + 3 * keys) // 4]
+
+
 def reusing(s: Setting) -> Quantity:
     """Attention that takes a map, beside that map: values, context and output."""
     return BESIDE_ATTENTION[s.config.recipe] * hidden(s) + s.rows * s.config.d_kv + _context(s) + hidden(s)

@@ -257,6 +257,22 @@ def _filtered_attention(
     )
 
 
+def _filtered_map(
+    b: int, maps: Quantity, kv_maps: Quantity, q_len: Quantity, k_len: Quantity, head_dim: Quantity, causal: int,
+    mask: Quantity, heads: Quantity, exact: int, kept: Quantity,
+) -> Cost:  # fmt: skip
+    pairs = maps * visible_pairs(q_len, k_len, causal)
+    queries, keys = maps * q_len * head_dim, kv_maps * k_len * head_dim
+    return Cost(
+        matmul_flops=2 * pairs * head_dim + 2 * kept * head_dim,  # estimates; kept scores
+        # As of `_filtered_attention`, but that kept weights are divided instead of the output.
+        vector_flops=pairs + (6 - exact) * kept + exact * queries + maps * (q_len + 5),
+        activation_bytes=(CODE_BYTES + exact * b) * queries + maps * b + heads * THRESHOLD_BYTES + mask * MASK_BYTES,
+        kv_bytes=(CODE_BYTES + exact * b) * keys + kv_maps * b,
+        bytes_written=pairs * b + maps * COUNT_BYTES,  # zeros, too
+    )
+
+
 def _max_pool(b: int, elements: Quantity) -> Cost:
     return Cost(vector_flops=3 * elements, activation_bytes=4 * elements * b, bytes_written=elements * b)
 
@@ -322,6 +338,7 @@ FORMULAS: dict[str, Callable[..., Cost]] = {
     "refine": _refine,
     "quantize": _quantize,
     "filtered_attention": _filtered_attention,
+    "filtered_map": _filtered_map,
 }
 
 

@@ -91,6 +91,7 @@ def predict(estimate: Estimate, hardware: Hardware) -> Prediction:
 
 # Ops that do what another one does: they copy sequences of a batch, or compare features.
 SAME_KERNEL = {"take_rows": "fetch", "scatter": "fetch", "search_graph": "nearest"}
+SAME_LOOPS = {"filtered_map": "filtered_attention"}  # all but the last loop, over values
 
 
 def kind_of(op: str, sizes: Mapping[str, Quantity]) -> str:
@@ -98,6 +99,7 @@ def kind_of(op: str, sizes: Mapping[str, Quantity]) -> str:
 
     Arrays of sizes count as their largest.
     """
+    op = SAME_LOOPS.get(op, op)
     if op in ("linear", "project", "block_linear") and np.max(sizes["rows"]) <= FEW_ROWS:
         return f"{op}, few rows"
     if op in (

@@ -34,6 +34,7 @@ from refimpl.methods.dense import Dense
 from refimpl.methods.programs import PROGRAMS
 from refimpl.methods.steps import Layer
 from refimpl.methods.subject import Progress, Subject
+from refimpl.parameters.composition import canonical
 from refimpl.recorder import At, Call, Recorder, breakdown
 from refimpl.weights import Model
 from refimpl.weights.layout import Weights
@@ -174,7 +175,7 @@ class Runner:
         ConfigError
             Unknown method or parameter; parameters that do not fit the model; nothing to calibrate on.
         """
-        given = parameters(method, params, self.config)
+        method, given = canonical(method), parameters(method, params, self.config)
         key = (method, given, self._passes_of(given, inputs, causal))
         if key not in self._prepared:
             subject = Subject(self.model, self.engine, inputs, causal=causal)

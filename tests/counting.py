@@ -167,9 +167,10 @@ def audit(op: str, *args: Any, **kwargs: Any) -> Any:
     watched_kwargs = {name: _watch(x, ledger) for name, x in kwargs.items()}
     if op in IN_PLACE:
         ledger.written[_address(watched[0])] = 0
-    if op == "filtered_attention":
-        result = filtered_rows(ledger, *watched, **watched_kwargs)
-        _assert_same(result, NumpyEngine().filtered_attention(*args, **kwargs))
+    if op in ("filtered_attention", "filtered_map"):
+        operands = watched if op == "filtered_attention" else [*watched[:2], None, *watched[2:]]
+        result = filtered_rows(ledger, *operands, **watched_kwargs)
+        _assert_same(result, getattr(NumpyEngine(), op)(*args, **kwargs))
     else:
         result = getattr(engine, op)(*watched, **watched_kwargs)
     parts = result if isinstance(result, tuple) else (result,)
@@ -204,15 +205,21 @@ def filtered_rows(
     ledger: Ledger, q: Any, k: Any, v: Any, q_codes: Any, k_codes: Any, q_scale: Any, k_scale: Any, thresholds: Any,
     scale: float, causal: bool = False, mask: Any = None, nibble: str = "floor", stage2: str = "int8",
 ) -> tuple[Any, Any]:  # fmt: skip
-    """`filtered_attention` row by row, of which every step is counted; taking the nibble of a code is free."""
+    """`filtered_attention`, or without values `filtered_map`, row by row, of which every step is counted; taking the
+    nibble of a code is free."""
     (batch, heads, q_len, width), k_len, group = q.shape, k.shape[2], q.shape[1] // k.shape[1]
+    width = k_len if v is None else width
     plain = [np.asarray(x).astype(np.float64) for x in (q_codes, k_codes)]
     wide_q, wide_k = (_counted(x, ledger) for x in plain)
     high_q, high_k = (
         _counted(upper_nibble(np, np.asarray(x), nibble).astype(float), ledger) for x in (q_codes, k_codes)
     )
     context, kept = np.zeros((batch, heads, q_len, width), q.dtype), np.zeros((batch, heads), np.int64)
-    for operand in (q_codes, k_codes, v):  # any value may be kept
+    if v is None:  # of a causal map what is visible
+        rows = range(q_len)
+        seen_keys = sum(max(0, min(k_len, i + 1 + k_len - q_len)) if causal else k_len for i in rows)
+        ledger.written[_address(context)] = batch * heads * seen_keys
+    for operand in (q_codes, k_codes, *([] if v is None else [v])):  # any value may be kept
         ledger.touch(operand)
     if stage2 == "float":
         ledger.touch(q)
@@ -238,8 +245,11 @@ def filtered_rows(
                 logits = of_kept @ query  # (kept,)
                 logits = logits if stage2 == "float" else logits * step
                 weights = np.exp(logits - np.max(logits))
-                total, out = np.sum(weights), weights @ v[of_keys][keys]
-            context[b, h, i] = out / total
+                total, out = np.sum(weights), weights if v is None else weights @ v[of_keys][keys]
+            if v is None:
+                context[b, h, i, keys] = out / total if keys.size else 0
+            else:
+                context[b, h, i] = out / total
             kept[b, h] += keys.size
     return context, kept
 

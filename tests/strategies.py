@@ -8,11 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from hypothesis import assume
 from hypothesis import strategies as st
 
 from refimpl.config import ModelConfig, Workload
 from refimpl.errors import ConfigError
-from refimpl.methods import parameters
+from refimpl.methods import CATALOG, parameters
 
 WHOLE = ("post-norm", "pre-norm", "conformer")  # recipes that see all positions at once
 RECIPES = (*WHOLE, "emformer")
@@ -267,6 +268,19 @@ PARAMETERS = {
     "headshare": headshare_parameters,
     "efficientasr": efficientasr_parameters,
 }
+
+
+@st.composite
+def compositions(draw: Any, config: ModelConfig, cached: bool = False, least: int = 2) -> tuple[str, dict[str, Any]]:
+    """Two or more methods that can be combined, joined by + in any order, and the parameters of each."""
+    found: dict[str, Any] = {}
+    for method in draw(st.permutations([name for name in CATALOG if name != "dense"])):
+        params = {"tau": 1.1} if method == "attmemo" and cached else draw(parameters_for(method, config))
+        wider = {**found, method: params}
+        if fits("+".join(wider), wider if len(wider) > 1 else params, config):
+            found = wider
+    assume(len(found) >= least)
+    return "+".join(found), found
 
 
 def parameters_for(method: str, config: ModelConfig) -> Any:

@@ -26,6 +26,7 @@ from strategies import ON_HEADS
 
 import costmodel
 from costmodel.methods import COSTS
+from costmodel.ops import FORMULAS as OPS
 from refimpl.components import ATTENTION, COMPONENTS, HEAD, MEMO, OUTPUT, POSITIONS, QKV, SCORES, SOFTMAX, WEIGHTED_SUM
 from refimpl.config import ModelConfig, Workload
 from refimpl.methods import CATALOG
@@ -318,11 +319,28 @@ def test_documentation_builds_without_warnings(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
 
 
-def test_measured_table_is_that_of_the_stored_results() -> None:
-    spec = importlib.util.spec_from_file_location("measured", DOCS / "measured.py")
+@pytest.mark.parametrize("script", ["measured", "combinations"])
+def test_filled_tables_are_those_of_their_script(script: str) -> None:
+    """Accuracy from the stored results; what combines with what from the code."""
+    spec = importlib.util.spec_from_file_location(script, DOCS / f"{script}.py")
     assert spec is not None
     assert spec.loader is not None
-    measured = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(measured)
-    text = measured.PAGE.read_text("utf-8")
-    assert measured.filled(text) == text, "run: python docs/measured.py"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = module.PAGE.read_text("utf-8")
+    assert module.filled(text) == text, f"run: python docs/{script}.py"
+
+
+def test_table_of_the_combined_op_is_the_cost_model_s() -> None:
+    """The row of `filtered_map`, in symbols; at one byte an element."""
+    sizes = {"maps": B * H, "kv_maps": B * HKV, "q_len": T, "k_len": T, "head_dim": D, "causal": 0, "mask": 0}
+    rho = sympy.Symbol("rho")
+    kept = {"heads": H, "exact": 0, "kept": rho * B * H * T * T}
+    row = next(
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (DOCS / "composition.md").read_text("utf-8").splitlines()
+        if "| `filtered_map` |" in line
+    )
+    cost = OPS["filtered_map"](1, **sizes, **kept)
+    letters = {"B": B, "T": T, "N": T * T, "D": D, "H": H, "Hkv": HKV, "rho": rho}
+    assert_equal(row, [getattr(cost, figure) for figure in FIGURES], letters)

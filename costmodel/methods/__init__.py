@@ -21,5 +21,6 @@ COSTS: Registry[type[Dense]] = Registry(
         "kvsharer": "costmodel.methods.kvsharer:KVSharer",
         "headshare": "costmodel.methods.headshare:HeadShare",
         "efficientasr": "costmodel.methods.efficientasr:EfficientASR",
-    }
+    },
+    composed="costmodel.methods.composite:Composite",
 )

@@ -17,28 +17,53 @@ from refimpl.components import HEAD
 class Dense:
     """Closed form of a whole model under one method; subclasses change single parts, as the programs do."""
 
+    KIND = "every layer"
+
     def __init__(self, setting: Setting, parameters: Any) -> None:
         self.setting = setting
         self.parameters = parameters
+        self.whole: Dense = self  # whose steps run: these, or those of the combination of methods that this is part of
 
     def layers(self) -> dict[str, tuple[Quantity, list[Op]]]:
         """The kinds of attention sublayers: how many there are, and the ops of one."""
-        return {"every layer": (self.setting.config.layers, self.compute_layer())}
+        return {self.KIND: (self.setting.config.layers, self.compute_layer())}
+
+    def layers_by_kind(self) -> dict[str, tuple[Quantity, list[Op]]]:
+        """`layers` where they differ, from the kind and the ops of each."""
+        kinds: dict[str, list[int]] = {}
+        for index in range(self.setting.config.layers):
+            kinds.setdefault(self.whole.kind(index), []).append(index)
+        return {kind: (len(found), self.whole.sublayer(found[0])) for kind, found in kinds.items()}
+
+    def kind(self, index: int) -> str:
+        """What layer `index` is called; layers of the same kind have the same ops."""
+        return self.KIND
+
+    def sublayer(self, index: int) -> list[Op]:
+        """Attention sublayer `index`."""
+        return [*self.whole.project(index), *self.whole.context(index), steps.project_output(self.setting)]
 
     def attention(self) -> list[Op]:
         """The attention sublayers of all layers."""
-        return [op for count, ops in self.layers().values() for op in times(count, ops)]
+        return [op for count, ops in self.whole.layers().values() for op in times(count, ops)]
 
     def compute_layer(self) -> list[Op]:
         """One attention sublayer that computes its own map."""
-        s, heads, kv_heads = self.setting, self.setting.config.heads, self.setting.config.kv_heads
-        return [
-            *steps.project_heads(s),
-            *steps.logits(s, heads, kv_heads),
-            steps.softmax(s, heads),
-            steps.weighted_sum(s, heads, kv_heads),
-            steps.project_output(s),
-        ]
+        return self.sublayer(0)
+
+    def project(self, index: int) -> list[Op]:
+        """Queries, keys and values of layer `index`."""
+        return steps.project_heads(self.setting)
+
+    def context(self, index: int) -> list[Op]:
+        """The map of layer `index`, times the values."""
+        s, c = self.setting, self.setting.config
+        return [*self.whole.attention_map(index), steps.weighted_sum(s, c.heads, c.kv_heads)]
+
+    def attention_map(self, index: int) -> list[Op]:
+        """The map of layer `index`."""
+        s, c = self.setting, self.setting.config
+        return [*steps.logits(s, c.heads, c.kv_heads), steps.softmax(s, c.heads)]
 
     def feed_forward(self) -> list[Op]:
         """The feed-forward sublayers of all layers."""
@@ -77,6 +102,14 @@ class Dense:
 
     def attention_live(self) -> list[Quantity]:
         """Elements alive at the fullest moments of an attention sublayer."""
+        return self.whole.context_live()
+
+    def context_live(self) -> list[Quantity]:
+        """Those of one that computes its own map."""
+        return self.whole.map_live()
+
+    def map_live(self) -> list[Quantity]:
+        """Those of one that holds its map."""
         return memory.materialised(self.setting)
 
     def feed_forward_live(self) -> list[Quantity]:

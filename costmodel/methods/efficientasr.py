@@ -36,16 +36,12 @@ class EfficientASR(Reuse):
         super().__init__(Banded(**vars(setting)) if parameters.hides else setting, parameters.sharing)
         self.reading = parameters
 
-    def layers(self) -> dict[str, tuple[Quantity, list[Op]]]:
-        kinds = super().layers()
-        if self.carries:
-            count, _ = kinds["compute layer"]
-            first = {"first compute layer": (1, self.compute_layer())}
-            kinds = first | kinds | {"compute layer": (count - 1, self.compute_layer(residual=True))}
-        return kinds
+    def kind(self, index: int) -> str:
+        return "first compute layer" if self.carries and index == 0 else super().kind(index)
 
-    def compute_layer(self, residual: bool = False) -> list[Op]:
+    def computing(self, index: int) -> list[Op]:
         s, c = self.setting, self.setting.config
+        residual = self.carries and index > 0
         if self.reading.fused:
             return [*steps.project_heads(s), *fused_context(s), steps.project_output(s)]
         added = {"elements": memory.maps(s, c.heads), "operand": memory.maps(s, c.heads)}

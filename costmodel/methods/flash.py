@@ -13,11 +13,10 @@ from refimpl.components import ATTENTION
 class Flash(Dense):
     """The same projections; no term of the traffic grows with T^2."""
 
-    def compute_layer(self) -> list[Op]:
-        s = self.setting
-        return [*steps.project_heads(s), *fused_context(s), steps.project_output(s)]
+    def context(self, index: int) -> list[Op]:
+        return fused_context(self.setting)
 
-    def attention_live(self) -> list[Quantity]:
+    def context_live(self) -> list[Quantity]:
         return memory.fused(self.setting)
 
 

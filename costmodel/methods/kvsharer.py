@@ -6,6 +6,8 @@ Scores, weighted sum and what they read are those of every layer.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from costmodel import memory
 from costmodel.methods import steps
 from costmodel.methods.dense import Dense
@@ -21,17 +23,13 @@ class KVSharer(Dense):
     parameters: KVSharerParameters
 
     def layers(self) -> dict[str, tuple[Quantity, list[Op]]]:
-        count = self._count
-        kinds = {"own layer": (self.setting.config.layers - count, self.compute_layer())}
-        return kinds | ({"shared layer": (count, self.shared_layer())} if count else {})
+        return self.layers_by_kind()
 
-    def compute_layer(self) -> list[Op]:
-        """One attention sublayer with keys and values of its own."""
-        return [*steps.project_heads(self.setting), *self._context(), steps.project_output(self.setting)]
+    def kind(self, index: int) -> str:
+        return "own layer" if self._sources[index] == index else "shared layer"
 
-    def shared_layer(self) -> list[Op]:
-        """One attention sublayer that takes the keys and values of an earlier one."""
-        return [*self._project_queries(), *self._context(), steps.project_output(self.setting)]
+    def project(self, index: int) -> list[Op]:
+        return super().project(index) if self._sources[index] == index else self._project_queries()
 
     def _project_queries(self) -> list[Op]:
         s, c = self.setting, self.setting.config
@@ -40,15 +38,8 @@ class KVSharer(Dense):
             return [steps.linear(s, QKV, c.d_model, c.d_attention, s.bias), *placed[:1]]  # the first is of queries
         return [steps.linear(s, QKV, c.d_model, c.d_attention + 2 * c.d_kv, s.bias, "project"), *placed]
 
-    def _context(self) -> list[Op]:
-        s, c = self.setting, self.setting.config
-        if self.parameters.fused:
-            return fused_context(s)
-        return [
-            *steps.logits(s, c.heads, c.kv_heads),
-            steps.softmax(s, c.heads),
-            steps.weighted_sum(s, c.heads, c.kv_heads),
-        ]
+    def context(self, index: int) -> list[Op]:
+        return fused_context(self.setting) if self.parameters.fused else super().context(index)
 
     def attention_parameters(self) -> Quantity:
         c = self.setting.config
@@ -64,7 +55,7 @@ class KVSharer(Dense):
     def attention_live(self) -> list[Quantity]:
         """An own layer beside the sources under way; a shared layer beside those, its own among them."""
         sources, last = self._sources, self._last_uses
-        moments = memory.fused(self.setting) if self.parameters.fused else memory.materialised(self.setting)
+        moments = self.whole.context_live()
         own = [layer for layer, source in enumerate(sources) if source == layer]
         others = max(sum(source < layer < last[source] for source in own) for layer in own)
         found = [others * self._kept + moment for moment in moments]
@@ -73,6 +64,9 @@ class KVSharer(Dense):
             under_way = max(sum(source < layer <= last[source] for source in own) for layer in shared)
             found += [under_way * self._kept + moment - self._not_made for moment in moments]
         return found
+
+    def context_live(self) -> list[Quantity]:
+        return memory.fused(self.setting) if self.parameters.fused else super().context_live()
 
     def held(self) -> Quantity:
         """Keys and values of the sources that are under way."""
@@ -99,7 +93,7 @@ class KVSharer(Dense):
     def _count(self) -> int:
         return self.parameters.count(self.setting.config)
 
-    @property
+    @cached_property
     def _sources(self) -> tuple[int, ...]:
         return self.parameters.sources(self.setting.config)
 

@@ -6,12 +6,12 @@ How many pairs are kept depends on the data: it is a size of the op, here a give
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from costmodel import memory
-from costmodel.methods import steps
 from costmodel.methods.dense import Dense
 from costmodel.ops import Op, Quantity, visible_pairs
 from refimpl.components import ATTENTION
@@ -24,17 +24,21 @@ class Latte(Dense):
     parameters: LatteParameters
 
     def layers(self) -> dict[str, tuple[Quantity, list[Op]]]:
-        fractions = self.parameters.fractions(self.setting.config)
-        if len(set(fractions)) == 1:
-            return {"every layer": (len(fractions), self.filtering_layer(fractions[0]))}
-        return {
-            f"layer {index} keeps {float(part):.4g}": (1, self.filtering_layer(part))
-            for index, part in enumerate(fractions)
-        }
+        return self.layers_by_kind()
 
-    def filtering_layer(self, fraction: Fraction) -> list[Op]:
-        """One attention sublayer that keeps this part of the visible pairs."""
+    def kind(self, index: int) -> str:
+        return self.KIND if self._alike else f"layer {index} keeps {float(self._fractions[index]):.4g}"
+
+    def context(self, index: int) -> list[Op]:
+        return self._filtered("filtered_attention", index)
+
+    def attention_map(self, index: int) -> list[Op]:
+        return self._filtered("filtered_map", index)
+
+    def _filtered(self, op: str, index: int) -> list[Op]:
+        """Codes, and the op that keeps a part of the visible pairs."""
         s, c = self.setting, self.setting.config
+        fraction = self._fractions[index]
         maps, kv_maps = s.B * c.heads, s.B * c.kv_heads
         sizes = {
             "maps": maps, "kv_maps": kv_maps, "q_len": s.T, "k_len": s.S, "head_dim": c.head_dim, "causal": s.causal,
@@ -42,16 +46,27 @@ class Latte(Dense):
             "kept": part_of(maps * visible_pairs(s.T, s.S, s.causal), fraction),
         }  # fmt: skip
         return [
-            *steps.project_heads(s),
             Op(ATTENTION, "quantize", {"maps": maps, "elements": maps * s.T * c.head_dim}),
             Op(ATTENTION, "quantize", {"maps": kv_maps, "elements": kv_maps * s.S * c.head_dim}),
-            Op(ATTENTION, "filtered_attention", sizes),
-            steps.project_output(s),
+            Op(ATTENTION, op, sizes),
         ]
 
-    def attention_live(self) -> list[Quantity]:
+    @cached_property
+    def _alike(self) -> bool:
+        """Whether all layers keep the same part."""
+        return len(set(self._fractions)) == 1
+
+    @cached_property
+    def _fractions(self) -> tuple[Fraction, ...]:
+        return self.parameters.fractions(self.setting.config)
+
+    def context_live(self) -> list[Quantity]:
         """That of ``flash``, and before its output projection the codes."""
         return memory.filtering(self.setting)
+
+    def map_live(self) -> list[Quantity]:
+        """That of ``dense`` with one map instead of scores and map, and before it the codes."""
+        return memory.filtering_map(self.setting)
 
 
 def part_of(pairs: Quantity, fraction: Fraction) -> Any:

@@ -6,6 +6,8 @@ positions. L layers in groups of G have ceil(L / G) compute layers.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from costmodel import memory
 from costmodel.methods import steps
 from costmodel.methods.dense import Dense
@@ -21,9 +23,20 @@ class Reuse(Dense):
     parameters: ReuseParameters
 
     def layers(self) -> dict[str, tuple[Quantity, list[Op]]]:
-        reusing = len(self._reusing)
-        kinds = {"compute layer": (len(self._leaders) - reusing, self.compute_layer())}
-        return kinds | ({"reuse layer": (reusing, self.reuse_layer())} if reusing else {})
+        return self.layers_by_kind()
+
+    def kind(self, index: int) -> str:
+        return "compute layer" if self._leaders[index] == index else "reuse layer"
+
+    def sublayer(self, index: int) -> list[Op]:
+        return self.computing(index) if self._leaders[index] == index else self.reuse_layer()
+
+    def computing(self, index: int) -> list[Op]:
+        """Attention sublayer `index`, which computes a map for its group."""
+        s, c = self.setting, self.setting.config
+        weighted_sum = steps.weighted_sum(s, c.heads, c.kv_heads)
+        maps = self.whole.attention_map(index)
+        return [*self.whole.project(index), *maps, weighted_sum, steps.project_output(s)]
 
     def attention(self) -> list[Op]:
         passing = sum(self._leaders[index] in self._leaders[index + 1 :] for index in self._reusing)
@@ -96,7 +109,7 @@ class Reuse(Dense):
         leaders, last = self._leaders, self._last_uses
         computing = [i for i, leader in enumerate(leaders) if leader == i]
         others = max(sum(first < i < last[first] for first in computing) for i in computing)
-        moments = [others * one + moment for moment in memory.materialised(s)]
+        moments = [others * one + moment for moment in self.whole.map_live()]
         if self.parameters.share == "scores":  # they outlive the softmax
             moments.append(moments[1] + one)
         reusing = set(range(len(leaders))) - set(computing)
@@ -122,7 +135,7 @@ class Reuse(Dense):
         """The layers that take a map."""
         return [index for index, leader in enumerate(self._leaders) if leader != index]
 
-    @property
+    @cached_property
     def _leaders(self) -> tuple[int, ...]:
         return self.parameters.leaders(self.setting.config.layers)
 

@@ -22,6 +22,7 @@ from refimpl.engines.numba_kernels import (
     elementwise,
     few_rows,
     filtered,
+    filtered_map,
     layout,
     rows,
     selection,
@@ -462,6 +463,42 @@ class NumbaEngine:
             )  # fmt: skip
         else:
             out[...] = 0
+        return out, counts.reshape(q.shape[:3]).sum(axis=2)
+
+    def filtered_map(
+        self,
+        q: Array,
+        k: Array,
+        q_codes: Array,
+        k_codes: Array,
+        q_scale: Array,
+        k_scale: Array,
+        thresholds: Array,
+        scale: float,
+        causal: bool = False,
+        mask: Array | None = None,
+        nibble: str = "floor",
+        stage2: str = "int8",
+    ) -> tuple[Array, Array]:
+        check.heads("filtered_map", q, k)
+        check.mask("filtered_map", mask, q, k)
+        check.codes("filtered_map", q_codes, q_scale, q)
+        check.codes("filtered_map", k_codes, k_scale, k)
+        check.filter("filtered_map", thresholds, q.shape[1], scale, nibble, stage2)
+        shape = (*q.shape[:3], k.shape[2])
+        out, counts = self._empty(shape, q), np.zeros(math.prod(q.shape[:3]), np.int64)
+        if out.size:
+            steps, margins = filtered.steps_and_margins(q_scale, k_scale, thresholds, scale)
+            k, k_codes = (layout.readable(layout.batched(x, q)) for x in (k, k_codes))
+            q, q_codes = layout.readable(q), layout.readable(q_codes)
+            parts = layout.count(layout.MOST_PARTS, k.size)
+            panels, rows = filtered.packed(k_codes, nibble == "round", parts, self.buffers.empty)
+            seen = np.broadcast_to(np.ones((1, 1, 1, 1), bool) if mask is None else mask, shape)
+            items = math.prod(q.shape[:2]) * -(-q.shape[2] // filtered.ROWS)
+            filtered_map.kernel_filtered_map(
+                q, k, q_codes, panels, rows, steps, margins, nibble == "round", stage2 == "float", float(scale),
+                bool(causal), mask is not None, seen, out, counts, layout.count(items, out.size),
+            )  # fmt: skip
         return out, counts.reshape(q.shape[:3]).sum(axis=2)
 
     # --- selection ------------------------------------------------------------------------------------------

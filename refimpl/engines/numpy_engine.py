@@ -282,6 +282,15 @@ class NumpyEngine:
         thresholds: Array, scale: float, causal: bool = False, mask: Array | None = None, nibble: str = "floor",
         stage2: str = "int8",
     ) -> tuple[Array, Array]:  # fmt: skip
+        operands = q, k, q_codes, k_codes, q_scale, k_scale, thresholds
+        weights, kept = self.filtered_map(*operands, scale, causal, mask, nibble, stage2)  # (B, H, Tq, Tk), (B, H)
+        return self.weighted_sum(weights, v, causal), kept
+
+    def filtered_map(
+        self, q: Array, k: Array, q_codes: Array, k_codes: Array, q_scale: Array, k_scale: Array,
+        thresholds: Array, scale: float, causal: bool = False, mask: Array | None = None, nibble: str = "floor",
+        stage2: str = "int8",
+    ) -> tuple[Array, Array]:  # fmt: skip
         xp, wide = self.xp, self.xp.float64  # whole numbers below 2^53 are exact in it
         sigma_k = xp.repeat(k_scale, q.shape[1] // k.shape[1], axis=1)
         step = scale * xp.astype(q_scale, wide) * xp.astype(sigma_k, wide)  # (B, H, 1, 1)
@@ -294,8 +303,7 @@ class NumpyEngine:
             else:
                 s = step * self.scores(xp.astype(q_codes, wide), xp.astype(k_codes, wide), 1.0, causal, mask)
         s = xp.where(keep, xp.astype(s, q.dtype), xp.full((1, 1, 1, 1), -math.inf, dtype=q.dtype))
-        context = self.weighted_sum(self.softmax(s, causal), v, causal)
-        return context, xp.sum(xp.astype(keep, xp.int64), axis=(2, 3))
+        return self.softmax(s, causal), xp.sum(xp.astype(keep, xp.int64), axis=(2, 3))
 
     def _near_the_maximum(self, estimates: Array, margin: Array) -> Array:
         """Where whole numbers are at most `margin` (B, H, 1, 1) below the maximum of their row, and not -inf."""

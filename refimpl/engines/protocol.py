@@ -208,6 +208,24 @@ class Engine(Protocol):
         `stage2` "float" ``scale q_i . k_j``. thresholds (H,) float64, of at least 0; scale above 0; codes and scales
         from `quantize` -> context (B, H, Tq, D), kept pairs (B, H) int64."""
 
+    def filtered_map(
+        self,
+        q: Array,
+        k: Array,
+        q_codes: Array,
+        k_codes: Array,
+        q_scale: Array,
+        k_scale: Array,
+        thresholds: Array,
+        scale: float,
+        causal: bool = False,
+        mask: Array | None = None,
+        nibble: str = "floor",
+        stage2: str = "int8",
+    ) -> tuple[Array, Array]:
+        """The map of `filtered_attention`, for methods that hand it on: softmax over the kept keys, zero elsewhere ->
+        weights (B, H, Tq, Tk), kept pairs (B, H) int64."""
+
     # --- selection ----------------------------------------------------------------------------------------------
 
     def top(self, z: Array, n: int) -> Array:
@@ -375,6 +393,13 @@ def _filtered_attention(
     return {**_scores(q, k, 1.0, causal, mask), "heads": q.shape[1], "exact": int(stage2 == "float")}
 
 
+def _filtered_map(
+    q: Array, k: Array, q_codes: Array, k_codes: Array, q_scale: Array, k_scale: Array, thresholds: Array,
+    scale: float, causal: bool = False, mask: Array | None = None, nibble: str = "floor", stage2: str = "int8",
+) -> Sizes:  # fmt: skip
+    return {**_scores(q, k, 1.0, causal, mask), "heads": q.shape[1], "exact": int(stage2 == "float")}
+
+
 SIZES: dict[str, Callable[..., Sizes]] = {
     "linear": _linear,
     "project": _linear,
@@ -411,8 +436,12 @@ SIZES: dict[str, Callable[..., Sizes]] = {
     "refine": _refine,
     "quantize": _quantize,
     "filtered_attention": _filtered_attention,
+    "filtered_map": _filtered_map,
 }
 
 # op -> function of the call's result -> {size: array whose sum it is}: sizes that nothing but the result tells. They
 # are read when the calls are, so that a device is not waited for in between.
-OUTCOMES: dict[str, Callable[[Any], dict[str, Array]]] = {"filtered_attention": lambda result: {"kept": result[1]}}
+OUTCOMES: dict[str, Callable[[Any], dict[str, Array]]] = {
+    "filtered_attention": lambda result: {"kept": result[1]},
+    "filtered_map": lambda result: {"kept": result[1]},
+}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from refimpl.config import ModelConfig
-from refimpl.errors import unknown
-from refimpl.parameters import PARAMETERS
-from refimpl.parameters.base import make
+from refimpl.config import ModelConfig, preset
+from refimpl.errors import ConfigError
+from refimpl.parameters.composition import canonical, members, parameters_of
 
 
 @dataclass(frozen=True)
@@ -114,15 +112,38 @@ CATALOG: dict[str, Method] = {
 
 
 def method(name: str) -> Method:
-    """The catalogue row called `name`; raises ConfigError with the nearest name otherwise."""
-    if name not in CATALOG:
-        raise unknown("method", name, CATALOG)
-    return CATALOG[name]
+    """The catalogue row called `name`, or one for several methods; raises ConfigError for an unknown name."""
+    names = members(name)
+    return CATALOG[names[0]] if len(names) == 1 else _combined(names)
 
 
-def parameters(name: str, given: Mapping[str, Any] | None, config: ModelConfig) -> Any:
-    """The parameters of method `name`, checked against the model."""
-    method(name)
-    made = make(PARAMETERS[name], name, given)
+def _combined(names: tuple[str, ...]) -> Method:
+    """A row for methods joined by ``+``."""
+    rows = [CATALOG[name] for name in names]
+    return Method(
+        title="; ".join(f"{name}: {row.title}" for name, row in zip(names, rows, strict=True)),
+        paper="; ".join(dict.fromkeys(row.paper for row in rows)),
+        exact=all(row.exact for row in rows),
+        model=_example(names),
+        equation="; ".join(row.equation for row in rows),
+        reading="; ".join(f"{name}: {row.reading}" for name, row in zip(names, rows, strict=True)),
+    )
+
+
+def _example(names: tuple[str, ...]) -> str:
+    """The first of the members' example models that all of them can run on; else the first."""
+    models = [CATALOG[name].model for name in names if not CATALOG[name].exact] or [CATALOG[names[0]].model]
+    for model in models:
+        try:
+            parameters("+".join(names), None, preset(model))
+        except ConfigError:
+            continue
+        return model
+    return models[0]
+
+
+def parameters(name: str, given: Any, config: ModelConfig) -> Any:
+    """The parameters of a method, or of several joined by ``+``, checked against the model."""
+    made = parameters_of(canonical(name), given)
     made.check(config)
     return made

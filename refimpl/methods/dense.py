@@ -5,7 +5,7 @@ The other programs change single steps of this one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from refimpl.cache import Stored
@@ -21,9 +21,16 @@ from refimpl.weights.layout import Weights
 class Dense:
     """One forward pass; a fresh instance per pass, so that a method may keep state from layer to layer."""
 
+    composite: Callable[[], Dense | None] | None = None  # a weak reference: arrays are freed without a collector
+
     def __init__(self, config: ModelConfig, parameters: Any) -> None:
         self.config = config
         self.parameters = parameters
+
+    @property
+    def whole(self) -> Dense:
+        """The program whose steps run: this one, or the combination of methods that it is part of."""
+        return (self.composite() if self.composite else None) or self
 
     @classmethod
     def complete(cls, parameters: Any, subject: Subject) -> Any:
@@ -41,10 +48,17 @@ class Dense:
 
     def attention(self, at: At, x: Array, layer: Layer) -> Array:
         """The attention sublayer: (B, T, d) -> (B, T, d)."""
-        q, k, v = project_heads(at, x, layer)
-        weights = self.attention_map(at, q, k, layer)  # (B, H, T, S)
-        context = at(WEIGHTED_SUM).weighted_sum(weights, v, layer.causal)  # (B, H, T, D)
-        return project_output(at, context, layer)
+        q, k, v = self.whole.project(at, x, layer)
+        return project_output(at, self.whole.context(at, q, k, v, layer), layer)
+
+    def project(self, at: At, x: Array, layer: Layer) -> tuple[Queries, Array, Array]:
+        """Queries of the new positions, keys and values of all that are seen."""
+        return project_heads(at, x, layer)
+
+    def context(self, at: At, q: Queries, k: Array, v: Array, layer: Layer) -> Array:
+        """The map times the values: (B, H, T, D)."""
+        weights = self.whole.attention_map(at, q, k, layer)  # (B, H, T, S)
+        return at(WEIGHTED_SUM).weighted_sum(weights, v, layer.causal)
 
     def attention_map(self, at: At, q: Queries, k: Array, layer: Layer) -> Array:
         """``softmax(scale q kᵀ + mask)``: (B, H, T, S); S keys, which are T without a cache."""

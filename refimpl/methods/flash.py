@@ -6,16 +6,15 @@ from __future__ import annotations
 from refimpl.components import ATTENTION
 from refimpl.engines.protocol import Array
 from refimpl.methods.dense import Dense
-from refimpl.methods.steps import Layer, Queries, position_keys, project_heads, project_output
+from refimpl.methods.steps import Layer, Queries, position_keys
 from refimpl.recorder import At
 
 
 class Flash(Dense):
     """``dense`` with scores, softmax and weighted sum in one op."""
 
-    def attention(self, at: At, x: Array, layer: Layer) -> Array:
-        q, k, v = project_heads(at, x, layer)
-        return project_output(at, fused_context(at, q, k, v, layer), layer)
+    def context(self, at: At, q: Queries, k: Array, v: Array, layer: Layer) -> Array:
+        return fused_context(at, q, k, v, layer)
 
 
 def fused_context(at: At, q: Queries, k: Array, v: Array, layer: Layer) -> Array:

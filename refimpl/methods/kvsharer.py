@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from refimpl.cache import Stored
-from refimpl.components import QKV, WEIGHTED_SUM
+from refimpl.components import QKV
 from refimpl.config import ModelConfig
 from refimpl.engines.protocol import Array
 from refimpl.errors import ConfigError
 from refimpl.methods.dense import Dense
 from refimpl.methods.flash import fused_context
-from refimpl.methods.steps import Layer, Queries, place_keys, place_queries, project_heads, project_output
+from refimpl.methods.steps import Layer, Queries, place_keys, place_queries, project_heads
 from refimpl.methods.subject import Subject
 from refimpl.parameters.kvsharer import KVSharerParameters
 from refimpl.recorder import At
@@ -68,7 +68,7 @@ class KVSharer(Dense):
         own, none = (Stored(heads, heads, self.config.head_dim) for heads in (self.config.kv_heads, 0))
         return tuple(own if source == index else none for index, source in enumerate(self.sources))
 
-    def attention(self, at: At, x: Array, layer: Layer) -> Array:
+    def project(self, at: At, x: Array, layer: Layer) -> tuple[Queries, Array, Array]:
         source, later = self.sources[layer.index], self.sources[layer.index + 1 :]
         if source == layer.index:
             q, k, v = self.project_own(at, x, layer)
@@ -78,7 +78,7 @@ class KVSharer(Dense):
             k, v = self.kept[source]
         if source not in later:
             del self.kept[source]  # its last use
-        return project_output(at, self._context(at, q, k, v, layer), layer)
+        return q, k, v
 
     def project_own(self, at: At, x: Array, layer: Layer) -> tuple[Queries, Array, Array]:
         """Q, K and V of a layer that has its own."""
@@ -94,11 +94,10 @@ class KVSharer(Dense):
             place_keys(at, k, layer)
         return place_queries(at, q, layer)
 
-    def _context(self, at: At, q: Queries, k: Array, v: Array, layer: Layer) -> Array:
-        """``softmax(Q Kᵀ / sqrt(D) + mask) V``: (B, H, T, D)."""
+    def context(self, at: At, q: Queries, k: Array, v: Array, layer: Layer) -> Array:
         if self.parameters.fused:
             return fused_context(at, q, k, v, layer)
-        return at(WEIGHTED_SUM).weighted_sum(self.attention_map(at, q, k, layer), v, layer.causal)
+        return super().context(at, q, k, v, layer)
 
 
 def _without_keys_and_values(w: Weights, config: ModelConfig) -> Weights:

@@ -18,7 +18,7 @@ from refimpl.config import ModelConfig
 from refimpl.engines.protocol import Array
 from refimpl.errors import ConfigError
 from refimpl.methods.dense import Dense
-from refimpl.methods.steps import Layer, project_heads, project_output
+from refimpl.methods.steps import Layer, Queries
 from refimpl.methods.subject import Subject
 from refimpl.parameters.latte import LatteParameters
 from refimpl.recorder import At
@@ -47,21 +47,34 @@ class Latte(Dense):
 
         return replace(parameters, thresholds=calibrate_thresholds(parameters, subject))
 
-    def attention(self, at: At, x: Array, layer: Layer) -> Array:
-        q, k, v = project_heads(at, x, layer)
-        return project_output(at, self.filtered_context(at, q.content, k, v, layer), layer)
+    def context(self, at: At, q: Queries, k: Array, v: Array, layer: Layer) -> Array:
+        """Softmax over the kept keys, times their values: (B, H, T, D)."""
+        return self.filtered_context(at, q.content, k, v, layer)
 
     def filtered_context(self, at: At, q: Array, k: Array, v: Array, layer: Layer) -> Array:
-        """Softmax over the kept keys, times their values: (B, H, T, D)."""
-        ops, p = at(ATTENTION), self.parameters
+        """`context` of queries (B, H, T, D)."""
+        p = self.parameters
+        context, _ = at(ATTENTION).filtered_attention(
+            q, k, v, *self._filter(at, q, k, layer), layer.scale, layer.causal, layer.mask, p.nibble, p.stage2
+        )
+        return context
+
+    def attention_map(self, at: At, q: Queries, k: Array, layer: Layer) -> Array:
+        """Softmax over the kept keys, zero elsewhere, for a method that hands the map on: (B, H, T, S)."""
+        p = self.parameters
+        weights, _ = at(ATTENTION).filtered_map(
+            q.content, k, *self._filter(at, q.content, k, layer), layer.scale, layer.causal, layer.mask, p.nibble,
+            p.stage2,
+        )  # fmt: skip
+        return weights
+
+    def _filter(self, at: At, q: Array, k: Array, layer: Layer) -> tuple[Array, Array, Array, Array, Array]:
+        """Codes of queries and keys, their scales, and the thresholds (H,)."""
+        ops = at(ATTENTION)
         q_codes, q_scale = ops.quantize(q)  # (B, H, T, D), (B, H, 1, 1)
         k_codes, k_scale = ops.quantize(k)  # (B, Hkv, S, D), (B, Hkv, 1, 1)
-        thresholds = ops.asarray(np.array(self.thetas_of(at, layer, (q_codes, q_scale), (k_codes, k_scale))))  # (H,)
-        context, _ = ops.filtered_attention(
-            q, k, v, q_codes, k_codes, q_scale, k_scale, thresholds, layer.scale, layer.causal, layer.mask,
-            p.nibble, p.stage2,
-        )  # fmt: skip
-        return context
+        thresholds = ops.asarray(np.array(self.thetas_of(at, layer, (q_codes, q_scale), (k_codes, k_scale))))
+        return q_codes, k_codes, q_scale, k_scale, thresholds
 
     def thetas_of(
         self, at: At, layer: Layer, queries: tuple[Array, Array], keys: tuple[Array, Array]

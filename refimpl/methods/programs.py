@@ -21,5 +21,6 @@ PROGRAMS: Registry[type[Dense]] = Registry(
         "kvsharer": "refimpl.methods.kvsharer:KVSharer",
         "headshare": "refimpl.methods.headshare:HeadShare",
         "efficientasr": "refimpl.methods.efficientasr:EfficientASR",
-    }
+    },
+    composed="refimpl.methods.composite:Composite",
 )

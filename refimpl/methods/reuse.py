@@ -23,7 +23,6 @@ from refimpl.methods.steps import (
     logits,
     place_keys,
     place_queries,
-    project_heads,
     project_output,
     seen_keys,
     seen_values,
@@ -73,11 +72,13 @@ class Reuse(Dense):
         return project_output(at, context, layer)
 
     def _compute(self, at: At, x: Array, layer: Layer) -> Array:
-        q, k, v = project_heads(at, x, layer)
-        scores = logits(at, q, k, layer)  # (B, H, T, T)
-        weights = at(SOFTMAX).softmax(scores, layer.causal)
-        self.shared[layer.index] = weights if self.parameters.share == "probabilities" else scores
-        del scores
+        q, k, v = self.whole.project(at, x, layer)
+        if self.parameters.share == "probabilities":
+            weights = self.shared[layer.index] = self.whole.attention_map(at, q, k, layer)  # (B, H, T, T)
+        else:
+            scores = self.shared[layer.index] = logits(at, q, k, layer)  # (B, H, T, T)
+            weights = at(SOFTMAX).softmax(scores, layer.causal)
+            del scores
         return at(WEIGHTED_SUM).weighted_sum(weights, v, layer.causal)  # (B, H, T, D)
 
     def _reuse(self, at: At, x: Array, layer: Layer, leader: int) -> Array:

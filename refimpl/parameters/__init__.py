@@ -19,5 +19,6 @@ PARAMETERS: Registry[type[Any]] = Registry(
         "kvsharer": "refimpl.parameters.kvsharer:KVSharerParameters",
         "headshare": "refimpl.parameters.headshare:HeadShareParameters",
         "efficientasr": "refimpl.parameters.efficientasr:EfficientASRParameters",
-    }
+    },
+    composed="refimpl.parameters.composition:Composition",
 )

@@ -9,6 +9,7 @@ from typing import Any
 from refimpl.config import ModelConfig
 from refimpl.errors import ConfigError
 from refimpl.parameters.base import parameter, require_choice, require_int, require_number
+from refimpl.parameters.parts import ATTENTION
 from refimpl.parameters.reuse import ReuseParameters
 
 LEAST_FACTOR, MOST_FACTOR = 2.0**-14, 2.0**15  # normal numbers in float16, the narrowest dtype
@@ -61,6 +62,11 @@ class EfficientASRParameters:
             width = getattr(config, name)
             if isinstance(width, int) and width % self.ffn_chunks:  # SymPy symbols are taken to divide
                 raise ConfigError(f"ffn_chunks={self.ffn_chunks} does not divide {name}={width}: choose a divisor")
+
+    def replaces(self, config: ModelConfig) -> tuple[str, ...]:
+        """The parts of a pass that are not at off."""
+        attends = self.group > 1 or self.score_residual > 0 or self.band is not None
+        return (*(ATTENTION if attends else ()), *(["feed-forward"] if self.ffn_chunks > 1 else []))
 
     @property
     def sharing(self) -> ReuseParameters:

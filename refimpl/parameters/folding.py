@@ -10,6 +10,7 @@ from typing import Any, Literal
 from refimpl.config import ModelConfig
 from refimpl.errors import ConfigError, unknown
 from refimpl.parameters.base import parameter, require_choice, require_int
+from refimpl.parameters.parts import ATTENTION
 
 # Combinations that make emformer-rnnt-base with its predictor and joiner 12 to 62 % smaller. Ours: none is the paper's.
 # Size does not say which layers fold where not all do; here the first ones do.
@@ -93,6 +94,11 @@ class FoldingParameters:
             _require_divisor("fold", n, self._attention_sizes(config), f" with heads={self.heads}")
         for n in sorted(set(feed_forward)):
             _require_divisor("fold_ffn", n, {"d_model": config.d_model, "d_ff": config.d_ff})
+
+    def replaces(self, config: ModelConfig) -> tuple[str, ...]:
+        """The parts of a pass that some layer folds."""
+        attention, feed_forward = self.attention_folds(config.layers), self.feed_forward_folds(config.layers)
+        return (*(ATTENTION if set(attention) != {1} else ()), *(["feed-forward"] if set(feed_forward) != {1} else []))
 
     def attention_folds(self, layers: int) -> tuple[int, ...]:
         """n of the attention sublayer of each layer; 1 where it is not folded."""

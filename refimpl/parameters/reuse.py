@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -52,6 +53,20 @@ class ReuseParameters:
         if not self.output_projection and config.d_attention != config.d_model:
             raise ConfigError("output_projection=false needs heads that together are as wide as the model")
         self.leaders(config.layers)
+
+    def check_beside(self, owners: Mapping[str, str], config: ModelConfig) -> None:
+        """Raise ConfigError where another method makes the maps, and more of them is needed than it gives."""
+        other = owners.get("map")
+        if other and self.share == "scores":
+            raise ConfigError(
+                f"reuse.share='scores' hands on scores before softmax, which {other} does not give: "
+                "give reuse.share=probabilities"
+            )
+        if other and self.kept_heads(config):
+            raise ConfigError(
+                f"reuse.heads={self.heads} leaves layers that compute a part of their maps, but {other} "
+                "makes maps of all heads: leave reuse.heads out"
+            )
 
     def kept_heads(self, config: ModelConfig) -> int:
         """Heads of a reuse layer that still compute their own map."""

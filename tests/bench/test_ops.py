@@ -34,6 +34,10 @@ def filtered(q: Any, k: Any, v: Any) -> tuple[Any, ...]:
     return q, k, v, q_codes, k_codes, q_scale, k_scale, np.full(q.shape[1], 1.9), D**-0.5
 
 
+def without_values(operands: tuple[Any, ...]) -> tuple[Any, ...]:
+    return *operands[:2], *operands[3:]
+
+
 ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "linear": lambda: (HIDDEN, array(f, d), array(f)),
     "project": lambda: (HIDDEN, array(3 * d, d), array(3 * d), (d, d, d)),
@@ -74,6 +78,7 @@ ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {
     ),
     "quantize": lambda: (HEADS,),
     "filtered_attention": lambda: filtered(HEADS, array(B, H, T, D), array(B, H, T, D)),
+    "filtered_map": lambda: without_values(filtered(HEADS, array(B, H, T, D), HEADS)),
     "relative_attention": lambda: (HEADS, HEADS, HEADS, HEADS, array(H, 2 * T - 1, D), 0.125),
 }
 

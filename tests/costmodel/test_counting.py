@@ -17,6 +17,7 @@ from strategies import (
     RECIPES,
     WHOLE,
     cached_workloads,
+    compositions,
     configs,
     decoders,
     fits,
@@ -108,16 +109,58 @@ def test_recorded_ops_of_a_stream_equal_closed_form(method: str, data: st.DataOb
     assert estimate.cache_bytes == cache.bytes // (cache.capacity + config.right_context) * cache.past
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@given(data=st.data())
+def test_recorded_ops_of_combined_methods_equal_closed_form(recipe: str, data: st.DataObject) -> None:
+    """Any methods that can be combined: op by op, the counted cost of each op, the bytes of their weights."""
+    config = data.draw(configs(recipe, data.draw(st.booleans()) or None if recipe != "emformer" else None))
+    workload = data.draw(workloads(config))
+    method, params = data.draw(compositions(config))
+    engine, model, inputs = AuditedEngine(), load_model(config), inputs_for(config, workload)
+    ready = Runner(model, "numpy").prepare(method, params, inputs, causal=workload.causal)
+    run = Runner(model, engine)(inputs, ready, causal=workload.causal)
+    estimate = costmodel.estimate(method, config, workload, params)
+    if config.streams:
+        assert without_kept(tally(run.calls)) == without_kept(estimate.tally())
+    else:
+        assert tally(run.calls) == as_kept(estimate, run.calls).tally()
+    assert engine.audited == len(run.calls) == sum(estimate.calls().values())
+    assert estimate.resident_bytes == bytes_of(ready.weights)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@given(data=st.data())
+def test_recorded_ops_of_combined_methods_with_a_cache_equal_closed_form(data: st.DataObject) -> None:
+    """The same with keys and values in a cache, in a prefill and behind it, and the bytes of the cache."""
+    config, workload = data.draw(decoders(data.draw(st.booleans()) or None)), data.draw(cached_workloads())
+    method, params = data.draw(compositions(config, cached=True))
+    length = workload.kv_len + workload.seq * workload.steps
+    runner, ids = Runner(load_model(config), AuditedEngine()), inputs_for(config, replace(workload, seq=length))
+    cache = runner.new_cache(length, method, params, workload.batch)
+    if workload.kv_len:
+        runner(ids[:, : workload.kv_len], method, params, cache=cache)
+    new = ids[:, workload.kv_len :]
+    decodes = workload.phase == "decode"
+    run = runner.decode(new, method, cache, params) if decodes else runner(new, method, params, cache=cache)
+    estimate = costmodel.estimate(method, config, workload, params)
+    assert tally(run.calls) == tally_of_steps(estimate, run.calls)
+    assert cache.bytes == estimate.cache_bytes
+
+
 def as_kept(estimate: Estimate, calls: list[Call]) -> Estimate:
     """The estimate of one step, told as fractions how many pairs each layer kept, where that depends on the data."""
-    filtering = [dict(call.sizes) for call in calls if call.op == "filtered_attention"]
+    filtering = [dict(call.sizes) for call in calls if "kept" in dict(call.sizes)]
     if not filtering:
         return estimate
-    parts = []
-    for sizes in filtering:
+    members = dict(getattr(estimate.parameters, "members", [("latte", estimate.parameters)]))
+    leaders = members["reuse"].leaders(estimate.config.layers) if "reuse" in members else range(estimate.config.layers)
+    parts = [[Fraction(1)] * estimate.config.heads for _ in leaders]
+    for layer, sizes in zip(sorted(set(leaders)), filtering, strict=True):
         pairs = sizes["maps"] * visible_pairs(sizes["q_len"], sizes["k_len"], sizes["causal"])
-        parts.append([Fraction(sizes["kept"], pairs)] * sizes["heads"])
-    params = {"kept": parts, "stage2": estimate.parameters.stage2}
+        parts[layer] = [Fraction(sizes["kept"], pairs)] * sizes["heads"]
+    members["latte"] = {"kept": parts, "stage2": members["latte"].stage2}
+    params = members if len(members) > 1 else members["latte"]
     return costmodel.estimate(estimate.method, estimate.config, estimate.workload, params)
 
 

@@ -102,6 +102,10 @@ def cases(dtype):
             filtered, (*filtered, True, mask, "round"), (*filtered, False, mask, "floor", "float"),
             (*filtered, True, None, "round", "float"),
         ],
+        "filtered_map": [
+            (*filtered[:2], *filtered[3:]), (*filtered[:2], *filtered[3:], True, mask, "round"),
+            (*filtered[:2], *filtered[3:], True, mask, "floor", "float"),
+        ],
     }  # fmt: skip
 
 

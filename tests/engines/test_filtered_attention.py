@@ -205,6 +205,37 @@ def test_kernel_equals_the_equation_for_any_sizes(data: st.DataObject) -> None:
     )  # fmt: skip
 
 
+# --- the map, for methods that hand it on -----------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_map_of_the_kernel_equals_the_equation(data: st.DataObject) -> None:
+    """The same kept pairs, nothing elsewhere, the 2x rule, and what `filtered_attention` gives once it meets values."""
+    B, Hkv, group, Tq, Tk, D = (data.draw(st.integers(1, n)) for n in (2, 2, 3, 40, 150, 140))
+    H, scale = Hkv * group, data.draw(st.sampled_from([1e-3, 1.0, 30.0]))
+    q = (scale * heads(B, H, Tq, D)).astype(np.float32)
+    k = heads(data.draw(st.sampled_from([1, B])), Hkv, Tk, D).astype(np.float32)
+    thetas = np.array(data.draw(st.lists(st.floats(0, 5) | st.just(math.inf), min_size=H, max_size=H)))
+    shape = [data.draw(st.sampled_from([1, n])) for n in (B, H, Tq, Tk)]
+    mask = np.random.default_rng(1).random(shape) < 0.7 if data.draw(st.booleans()) else None
+    causal, nibble = data.draw(st.booleans()), data.draw(st.sampled_from(["floor", "round"]))
+    given_ = D**-0.5, causal, mask, nibble, data.draw(st.sampled_from(["int8", "float"]))
+    (q_codes, q_scale), (k_codes, k_scale) = NUMPY.quantize(q), NUMPY.quantize(k)
+    fast, kept = NUMBA.filtered_map(q, k, q_codes, k_codes, q_scale, k_scale, thetas, *given_)
+    honest, wanted = NUMPY.filtered_map(q, k, q_codes, k_codes, q_scale, k_scale, thetas, *given_)
+    wide = [x.astype(np.float64) for x in (q, k, q_scale, k_scale)]
+    truth, _ = NUMPY.filtered_map(*wide[:2], q_codes, k_codes, *wide[2:], thetas, *given_)
+    np.testing.assert_array_equal(kept, wanted)
+    assert fast.dtype == np.float32
+    error, allowed = (np.abs(x - truth).max(initial=0) for x in (fast, honest))
+    assert error <= 2 * allowed + 4 * np.finfo(np.float32).eps, f"error {error:.2e}, honest {allowed:.2e}"
+    assert (np.count_nonzero(fast, axis=(2, 3)) <= kept).all()  # a kept weight may be too small for float32
+    values = np.broadcast_to(np.eye(Tk, dtype=np.float32), (len(k), Hkv, Tk, Tk))
+    fused, _ = NUMBA.filtered_attention(q, k, values, q_codes, k_codes, q_scale, k_scale, thetas, *given_)
+    np.testing.assert_allclose(fast, fused, rtol=1e-5, atol=1e-6)
+
+
 @BOTH
 @pytest.mark.parametrize("stage2", ["int8", "float"])
 def test_rows_that_see_no_key_are_zero(engine: Any, stage2: str) -> None:
