@@ -21,5 +21,8 @@ COSTS: Registry[type[Dense]] = Registry(
         "kvsharer": "costmodel.methods.kvsharer:KVSharer",
         "headshare": "costmodel.methods.headshare:HeadShare",
         "efficientasr": "costmodel.methods.efficientasr:EfficientASR",
+        "fewer-heads": "costmodel.methods.fewer_heads:FewerHeads",
+        "narrow": "costmodel.methods.narrow:Narrow",
+        "local": "costmodel.methods.local:Local",
     }
 )

@@ -382,11 +382,8 @@ class NumbaEngine:
         causal: bool = False,
         mask: Array | None = None,
     ) -> Array:
-        check.heads("attention", q, k, v)
-        check.mask("attention", mask, q, k)
         scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
-        k, v = layout.batched(k, q), layout.batched(v, q)
-        return fused_attention(q, k, v, scale, causal, mask, self._heads(q, v.shape[3]))
+        return self._attention("attention", q, k, v, scale, causal, mask)
 
     def relative_attention(
         self,
@@ -399,15 +396,37 @@ class NumbaEngine:
         causal: bool = False,
         mask: Array | None = None,
     ) -> Array:
-        check.heads("relative_attention", q, k, v)
-        check.mask("relative_attention", mask, q, k)
-        fits = q_position.shape == q.shape and k.shape[2] == q.shape[2]
-        fits = fits and p.shape == (q.shape[1], max(2 * q.shape[2] - 1, 0), q.shape[3])
-        expected = "q and q_position (B, H, T, D), k (B or 1, Hkv, T, D), p (H, 2T - 1, D)"
-        check.expect("relative_attention", expected, fits, q=q, q_position=q_position, k=k, p=p)
-        k, v = layout.batched(k, q), layout.batched(v, q)
-        out = self._heads(q, v.shape[3])
-        return fused_relative_attention(q, q_position, k, v, p, scale, causal, mask, out)
+        return self._relative_attention("relative_attention", q, q_position, k, v, p, scale, causal, mask)
+
+    def local_attention(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        window: int,
+        scale: float,
+        causal: bool = False,
+        mask: Array | None = None,
+    ) -> Array:
+        check.band("local_attention", q, k, window)
+        return self._attention("local_attention", q, k, v, scale, causal, mask, window)
+
+    def local_relative_attention(
+        self,
+        q: Array,
+        q_position: Array,
+        k: Array,
+        v: Array,
+        p: Array,
+        window: int,
+        scale: float,
+        causal: bool = False,
+        mask: Array | None = None,
+    ) -> Array:
+        check.band("local_relative_attention", q, k, window)
+        return self._relative_attention(
+            "local_relative_attention", q, q_position, k, v, p, scale, causal, mask, window
+        )
 
     def quantize(self, x: Array) -> tuple[Array, Array]:
         check.expect("quantize", "x (B, H, T, D)", x.ndim == 4, x=x)
@@ -505,6 +524,29 @@ class NumbaEngine:
         """An array (B, H, Tq, width) that lies in memory as (B, Tq, H, width): merging its heads is free."""
         batch, heads, length, _ = q.shape
         return self._empty((batch, length, heads, width), q).transpose(0, 2, 1, 3)
+
+    def _attention(
+        self, op: str, q: Array, k: Array, v: Array, scale: float, causal: bool, mask: Array | None,
+        window: int | None = None,
+    ) -> Array:  # fmt: skip
+        check.heads(op, q, k, v)
+        check.mask(op, mask, q, k)
+        k, v = layout.batched(k, q), layout.batched(v, q)
+        return fused_attention(q, k, v, scale, causal, mask, self._heads(q, v.shape[3]), window)
+
+    def _relative_attention(
+        self, op: str, q: Array, q_position: Array, k: Array, v: Array, p: Array, scale: float, causal: bool,
+        mask: Array | None, window: int | None = None,
+    ) -> Array:  # fmt: skip
+        check.heads(op, q, k, v)
+        check.mask(op, mask, q, k)
+        fits = q_position.shape == q.shape and k.shape[2] == q.shape[2]
+        fits = fits and p.shape == (q.shape[1], max(2 * q.shape[2] - 1, 0), q.shape[3])
+        expected = "q and q_position (B, H, T, D), k (B or 1, Hkv, T, D), p (H, 2T - 1, D)"
+        check.expect(op, expected, fits, q=q, q_position=q_position, k=k, p=p)
+        k, v = layout.batched(k, q), layout.batched(v, q)
+        out = self._heads(q, v.shape[3])
+        return fused_relative_attention(q, q_position, k, v, p, scale, causal, mask, out, window)
 
     def _few_scores(self, q: Array, k: Array, scale: float, s: Array) -> None:
         """Set the scores of few queries: keys pass once."""

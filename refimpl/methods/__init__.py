@@ -110,6 +110,31 @@ CATALOG: dict[str, Method] = {
         "reuse layer: Y = A (X Wv^T) Wo^T; feed-forward: [act(x_1 W1_1^T) W2_1^T, ..., act(x_n W1_n^T) W2_n^T]",
         reading="everything: the source gives no equation; weights by projection",
     ),
+    "fewer-heads": Method(
+        title="fewer heads of the same width",
+        paper="Michel, Levy, Neubig, arXiv 1905.10650 (heads removed); which ones: ours",
+        exact=False,
+        model="conformer-m",
+        equation="Y = sum over H' kept heads h of softmax(Q_h K_h^T / sqrt(D) + mask) V_h Wo_h^T",
+        reading="the heads with the greatest norm of Wo_h Wv_h are kept, key heads leave with their query heads, nothing "
+        "is rescaled; weights by projection",
+    ),
+    "narrow": Method(
+        title="narrower heads",
+        paper="Eckart, Young, Psychometrika 1936 (nearest matrix of a rank); the method: ours",
+        exact=False,
+        model="conformer-m",
+        equation="Y = sum over h of softmax(Q_h' K_h'^T / sqrt(D') + mask) V_h' Wo_h'^T, D' < D",
+        reading="Wq_h^T Wk_h and Wv_h^T Wo_h^T as the nearest matrices of rank D'; no rotary positions",
+    ),
+    "local": Method(
+        title="attention within a window",
+        paper="Beltagy, Peters, Cohan, arXiv 2004.05150 (sliding window)",
+        exact=False,
+        model="conformer-m",
+        equation="Y_i = sum over |j - i| <= w of softmax_j(q_i k_j^T / sqrt(D) + mask) v_j Wo^T",
+        reading="w counts positions on either side; one w for all layers and heads; no global positions, no dilation",
+    ),
 }
 
 

@@ -21,5 +21,8 @@ PROGRAMS: Registry[type[Dense]] = Registry(
         "kvsharer": "refimpl.methods.kvsharer:KVSharer",
         "headshare": "refimpl.methods.headshare:HeadShare",
         "efficientasr": "refimpl.methods.efficientasr:EfficientASR",
+        "fewer-heads": "refimpl.methods.fewer_heads:FewerHeads",
+        "narrow": "refimpl.methods.narrow:Narrow",
+        "local": "refimpl.methods.local:Local",
     }
 )

@@ -19,5 +19,8 @@ PARAMETERS: Registry[type[Any]] = Registry(
         "kvsharer": "refimpl.parameters.kvsharer:KVSharerParameters",
         "headshare": "refimpl.parameters.headshare:HeadShareParameters",
         "efficientasr": "refimpl.parameters.efficientasr:EfficientASRParameters",
+        "fewer-heads": "refimpl.parameters.fewer_heads:FewerHeadsParameters",
+        "narrow": "refimpl.parameters.narrow:NarrowParameters",
+        "local": "refimpl.parameters.local:LocalParameters",
     }
 )
