@@ -276,6 +276,31 @@ def _local_relative_attention(
     )
 
 
+def _project_length(
+    b: int, maps: Quantity, q_len: Quantity, k_len: Quantity, head_dim: Quantity, mask: Quantity
+) -> Cost:
+    return Cost(
+        matmul_flops=2 * maps * q_len * k_len * head_dim,
+        table_bytes=q_len * k_len * b,
+        activation_bytes=maps * k_len * head_dim * b + mask * MASK_BYTES,
+        bytes_written=maps * q_len * head_dim * b,
+    )
+
+
+def _linear_attention(
+    b: int, maps: Quantity, kv_maps: Quantity, q_len: Quantity, k_len: Quantity, head_dim: Quantity, causal: int,
+    mask: Quantity,
+) -> Cost:  # fmt: skip
+    keys, queries = kv_maps * k_len * head_dim, maps * q_len * head_dim
+    return Cost(
+        matmul_flops=2 * keys * head_dim + 2 * queries * (head_dim + 1),  # the state; with it, and with the sum of keys
+        vector_flops=keys * (1 + causal * head_dim) + queries,  # sums of keys; the running state; the division
+        activation_bytes=queries * b + mask * MASK_BYTES,
+        kv_bytes=2 * keys * b,
+        bytes_written=queries * b,
+    )
+
+
 def _top(b: int, rows: Quantity, width: Quantity, n: Quantity) -> Cost:
     return Cost(activation_bytes=rows * width * b, bytes_written=rows * n * INDEX_BYTES)
 
@@ -362,6 +387,7 @@ FORMULAS: dict[str, Callable[..., Cost]] = {
     "silu": _elementwise(4),  # negate, exp, + 1, divide
     "relu": _elementwise(1),
     "glu": _elementwise(4, operands=2),
+    "elu_plus_one": _elementwise(4),  # minimum, exp, maximum, +
     "swiglu": _elementwise(5, operands=2),
     "rotary": _rotary,
     "concat": _elementwise(0),
@@ -380,6 +406,8 @@ FORMULAS: dict[str, Callable[..., Cost]] = {
     "relative_attention": _relative_attention,
     "local_attention": _local_attention,
     "local_relative_attention": _local_relative_attention,
+    "project_length": _project_length,
+    "linear_attention": _linear_attention,
     "top": _top,
     "refine": _refine,
     "quantize": _quantize,

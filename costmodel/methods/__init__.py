@@ -24,5 +24,7 @@ COSTS: Registry[type[Dense]] = Registry(
         "fewer-heads": "costmodel.methods.fewer_heads:FewerHeads",
         "narrow": "costmodel.methods.narrow:Narrow",
         "local": "costmodel.methods.local:Local",
+        "linformer": "costmodel.methods.linformer:Linformer",
+        "linear": "costmodel.methods.linear:Linear",
     }
 )

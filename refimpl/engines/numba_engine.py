@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.engines.buffers import Buffers
+from refimpl.engines.chunked import chunked_linear_attention
 from refimpl.engines.numba_kernels import (
     check,
     convolution,
@@ -28,6 +29,7 @@ from refimpl.engines.numba_kernels import (
     threads,
 )
 from refimpl.engines.numba_kernels.attention import fused_attention, fused_relative_attention
+from refimpl.engines.numpy_engine import check_keys_mask
 from refimpl.errors import ShapeError
 from refimpl.memo.mapping import check_rows, gather
 
@@ -213,6 +215,13 @@ class NumbaEngine:
         check.expect("glu", "x (..., 2 d)", x.ndim >= 1 and x.shape[-1] % 2 == 0, x=x)
         half = x.shape[-1] // 2
         return self._gate(False, x[..., :half], x[..., half:])
+
+    def elu_plus_one(self, x: Array) -> Array:
+        check.expect("elu_plus_one", "x (..., d)", x.ndim >= 1, x=x)
+        zero = x.dtype.type(0)
+        out = np.minimum(x, zero, out=self._empty(x.shape, x))
+        np.exp(out, out=out)
+        return np.add(out, np.maximum(x, zero), out=out)
 
     def swiglu(self, gate: Array, up: Array) -> Array:
         check.expect("swiglu", "gate and up of one shape", gate.shape == up.shape, gate=gate, up=up)
@@ -427,6 +436,25 @@ class NumbaEngine:
         return self._relative_attention(
             "local_relative_attention", q, q_position, k, v, p, scale, causal, mask, window
         )
+
+    def project_length(self, x: Array, weight: Array, mask: Array | None = None) -> Array:
+        fits = x.ndim == 4 and weight.ndim == 2 and weight.shape[1] == x.shape[2]
+        check.expect("project_length", "x (B, H, T, D), weight (k, T)", fits, x=x, weight=weight)
+        check_keys_mask("project_length", mask, x)
+        if mask is not None:
+            x = np.where(mask.swapaxes(2, 3), x, x.dtype.type(0))
+        out = self._empty((*x.shape[:2], len(weight), x.shape[3]), x)
+        return np.matmul(weight, x, out=out)
+
+    def linear_attention(self, q: Array, k: Array, v: Array, causal: bool = False, mask: Array | None = None) -> Array:
+        check.heads("linear_attention", q, k, v)
+        check_keys_mask("linear_attention", mask, k)
+        if causal:
+            check.band("linear_attention", q, k, 0)
+        k, v = layout.batched(k, q), layout.batched(v, q)
+        if mask is not None:
+            k = np.where(mask.swapaxes(2, 3), k, k.dtype.type(0))
+        return chunked_linear_attention(np, q, k, v, causal, self._heads(q, v.shape[3]))
 
     def quantize(self, x: Array) -> tuple[Array, Array]:
         check.expect("quantize", "x (B, H, T, D)", x.ndim == 4, x=x)

@@ -131,6 +131,10 @@ class NumpyEngine:
     def relu(self, x: Array) -> Array:
         return self.xp.maximum(x, self.xp.zeros_like(x[..., :1]))
 
+    def elu_plus_one(self, x: Array) -> Array:
+        zero = self.xp.zeros_like(x[..., :1])
+        return self.xp.exp(self.xp.minimum(x, zero)) + self.xp.maximum(x, zero)
+
     def glu(self, x: Array) -> Array:
         half = x.shape[-1] // 2
         with np.errstate(over="ignore"):
@@ -266,6 +270,37 @@ class NumpyEngine:
         check_band("local_relative_attention", q, k, window)
         rows = _band_blocks(q.shape[2], k.shape[2], causal, window, 1)
         return self._attend(q, k, v, scale, mask, rows, (q_position, p))
+
+    def project_length(self, x: Array, weight: Array, mask: Array | None = None) -> Array:
+        check_keys_mask("project_length", mask, x)
+        return weight @ (x if mask is None else self._only_seen(x, mask))  # (B, H, k, D)
+
+    def linear_attention(self, q: Array, k: Array, v: Array, causal: bool = False, mask: Array | None = None) -> Array:
+        check_keys_mask("linear_attention", mask, k)
+        k = k if mask is None else self._only_seen(k, mask)
+        if not causal:
+            state = self.xp.matrix_transpose(k) @ v  # (B, Hkv, D, D)
+            total = self.xp.sum(k, axis=2)[..., None]  # (B, Hkv, D, 1)
+            return self._over(self._mix(q, state), self._mix(q, total))
+        check_band("linear_attention", q, k, 0)
+        out, first = self.xp.zeros((*q.shape[:3], v.shape[3]), dtype=q.dtype), k.shape[2] - q.shape[2]
+        state = self.xp.zeros((*k.shape[:2], k.shape[3], v.shape[3]), dtype=q.dtype)  # of the keys so far
+        total = self.xp.zeros((*k.shape[:2], k.shape[3], 1), dtype=q.dtype)
+        for j in range(k.shape[2]):
+            key = self.xp.matrix_transpose(k[:, :, j : j + 1, :])  # (B, Hkv, D, 1)
+            state = state + key @ v[:, :, j : j + 1, :]
+            total = total + key
+            if j >= first:
+                query = q[:, :, j - first : j - first + 1, :]
+                out[:, :, j - first : j - first + 1, :] = self._over(self._mix(query, state), self._mix(query, total))
+        return out
+
+    def _only_seen(self, x: Array, mask: Array) -> Array:
+        """Zeros for the rows of x (B, H, T, D) that a mask (B or 1, 1, 1, T) hides."""
+        return self.xp.where(self.xp.matrix_transpose(mask), x, self.xp.zeros((1, 1, 1, 1), dtype=x.dtype))
+
+    def _over(self, x: Array, divisor: Array) -> Array:
+        return x / self.xp.where(divisor == 0.0, self.xp.ones_like(divisor), divisor)
 
     def _attend(
         self, q: Array, k: Array, v: Array, scale: float, mask: Array | None, blocks: Iterable[tuple[slice, slice]],
@@ -420,6 +455,12 @@ def check_band(op: str, q: Array, k: Array, window: int) -> None:
     """Raise ShapeError where there is no band: more queries than keys, or a window below 0."""
     if q.shape[2] > k.shape[2] or window < 0:
         raise ShapeError(f"{op}: {q.shape[2]} queries, {k.shape[2]} keys, window {window}; it takes Tq <= Tk, window >= 0")
+
+
+def check_keys_mask(op: str, mask: Array | None, k: Array) -> None:
+    """Raise ShapeError unless a mask is absent, or the same for all heads and queries."""
+    if mask is not None and (mask.shape[0] not in (1, k.shape[0]) or tuple(mask.shape[1:]) != (1, 1, k.shape[2])):
+        raise ShapeError(f"{op}: expected a mask ({k.shape[0]} or 1, 1, 1, {k.shape[2]}) of keys; got {mask.shape}")
 
 
 def _mask_part(mask: Array, rows: slice, seen: int) -> Array:

@@ -101,6 +101,9 @@ class Engine(Protocol):
     def glu(self, x: Array) -> Array:
         """``a / (1 + exp(-b))`` with a and b the two halves of the last axis: (..., 2 d) -> (..., d)."""
 
+    def elu_plus_one(self, x: Array) -> Array:
+        """``x + 1`` where x > 0, else ``exp(x)``: a positive feature map (arXiv 2006.16236, eq. 7)."""
+
     def swiglu(self, gate: Array, up: Array) -> Array:
         """``silu(gate) * up`` (arXiv 2002.05202)."""
 
@@ -205,6 +208,15 @@ class Engine(Protocol):
         mask: Array | None = None,
     ) -> Array:
         """`relative_attention` within the band of `local_attention`."""
+
+    def project_length(self, x: Array, weight: Array, mask: Array | None = None) -> Array:
+        """``E x`` of each head, hidden rows of x taken as zeros: x (B, H, T, D), weight (k, T), mask (B or 1, 1, 1, T)
+        -> (B, H, k, D)."""
+
+    def linear_attention(self, q: Array, k: Array, v: Array, causal: bool = False, mask: Array | None = None) -> Array:
+        """``q_i (sum_j k_j v_jᵀ) / (q_i . sum_j k_j)`` over the keys j that query i sees, of features q and k that are
+        not negative (arXiv 2006.16236, eqs. 5 and 9 to 12); D numbers wide, like v. A mask hides keys from all queries:
+        (B or 1, 1, 1, Tk). Causal: Tq <= Tk. A row whose divisor is 0 gives zeros."""
 
     def quantize(self, x: Array) -> tuple[Array, Array]:
         """``round(x / sigma)`` as int8 from -127 to 127 with ``sigma = max |x| / 127`` of each head: x (B, H, T, D) ->
@@ -420,6 +432,18 @@ def _local_relative_attention(
     return {**sizes, "mask": read, "window": window}
 
 
+def _project_length(x: Array, weight: Array, mask: Array | None = None) -> Sizes:
+    length, positions = weight.shape
+    return {
+        "maps": _maps(x), "q_len": length, "k_len": positions, "head_dim": x.shape[3],
+        "mask": 0 if mask is None else int(mask.size),
+    }  # fmt: skip
+
+
+def _linear_attention(q: Array, k: Array, v: Array, causal: bool = False, mask: Array | None = None) -> Sizes:
+    return {**_scores(q, k, 1.0, causal), "mask": 0 if mask is None else int(mask.size)}
+
+
 def _top(z: Array, n: int) -> Sizes:
     return {"rows": z.size // z.shape[-1], "width": z.shape[-1], "n": n}
 
@@ -456,6 +480,7 @@ SIZES: dict[str, Callable[..., Sizes]] = {
     "silu": _elements,
     "relu": _elements,
     "glu": _glu,
+    "elu_plus_one": _elements,
     "swiglu": _elements,
     "rotary": _rotary,
     "concat": _concat,
@@ -474,6 +499,8 @@ SIZES: dict[str, Callable[..., Sizes]] = {
     "relative_attention": _relative_attention,
     "local_attention": _local_attention,
     "local_relative_attention": _local_relative_attention,
+    "project_length": _project_length,
+    "linear_attention": _linear_attention,
     "top": _top,
     "refine": _refine,
     "quantize": _quantize,

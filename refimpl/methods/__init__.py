@@ -135,6 +135,22 @@ CATALOG: dict[str, Method] = {
         equation="Y_i = sum over |j - i| <= w of softmax_j(q_i k_j^T / sqrt(D) + mask) v_j Wo^T",
         reading="w counts positions on either side; one w for all layers and heads; no global positions, no dilation",
     ),
+    "linformer": Method(
+        title="keys and values projected along time",
+        paper="Wang, Li, Khabsa, Fang, Ma, arXiv 2006.04768",
+        exact=False,
+        model="whisper-tiny-en",
+        equation="Y = softmax(Q (E K)^T / sqrt(D) + mask) (E V) Wo^T, E (k, T)",
+        reading="E made for a length instead of learned, one for all; a key of hidden positions alone is hidden",
+    ),
+    "linear": Method(
+        title="linear attention: feature maps for softmax",
+        paper="Katharopoulos, Vyas, Pappas, Fleuret, arXiv 2006.16236",
+        exact=False,
+        model="whisper-tiny-en",
+        equation="Y_i = phi(q_i) (sum_j phi(k_j) v_j^T) / (phi(q_i) . sum_j phi(k_j)) Wo^T, phi(x) = elu(x) + 1",
+        reading="weights of a model that was trained with softmax; rotary positions before phi; no cache of the state",
+    ),
 }
 
 

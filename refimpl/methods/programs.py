@@ -24,5 +24,7 @@ PROGRAMS: Registry[type[Dense]] = Registry(
         "fewer-heads": "refimpl.methods.fewer_heads:FewerHeads",
         "narrow": "refimpl.methods.narrow:Narrow",
         "local": "refimpl.methods.local:Local",
+        "linformer": "refimpl.methods.linformer:Linformer",
+        "linear": "refimpl.methods.linear:Linear",
     }
 )

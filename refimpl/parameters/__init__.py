@@ -22,5 +22,7 @@ PARAMETERS: Registry[type[Any]] = Registry(
         "fewer-heads": "refimpl.parameters.fewer_heads:FewerHeadsParameters",
         "narrow": "refimpl.parameters.narrow:NarrowParameters",
         "local": "refimpl.parameters.local:LocalParameters",
+        "linformer": "refimpl.parameters.linformer:LinformerParameters",
+        "linear": "refimpl.parameters.linear:LinearParameters",
     }
 )
