@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -80,6 +81,17 @@ class Explanation:
         return CATALOG[self.name]
 
     @property
+    def off(self) -> str:
+        """The setting that is exact, and which equality holds; or why there is none. Empty for exact methods."""
+        row = self.row
+        if not row.off:
+            return row.not_off
+        knobs = {name: values[0] for name, values in PARAMETERS[self.name].sweep(self.config).items()}
+        settings = {name: json.dumps(value) for name, value in (knobs | dict(row.off_with)).items()}
+        text = ", ".join(f"{name}={value}" for name, value in settings.items())
+        return f"{text} equals {row.off}, bit for bit on the numpy engine"
+
+    @property
     def parameters(self) -> list[tuple[str, Any, str]]:
         """Name, default and meaning of each parameter."""
         return [(f.name, f.default, f.metadata["about"]) for f in fields(PARAMETERS[self.name])]
@@ -106,6 +118,7 @@ class Explanation:
             "source": self.row.paper,
             "equation": self.row.equation,
             "reading": self.row.reading,
+            "off": self.off,
             "parameters": [
                 {"name": name, "default": default, "about": about} for name, default, about in self.parameters
             ],

@@ -14,7 +14,7 @@ from refimpl.parameters.base import parameter, require_choice, require_int
 class LinformerParameters:
     """Linformer; without a `length`, or with one of at least T, it is exact attention."""
 
-    length: int | None = parameter(256, "k: keys and values that are left of T; none, or T and more, is exact")
+    length: int | None = parameter(256, "k: keys and values that are left of T; null, or T and more, is exact")
     projection: Literal["average", "random"] = parameter(
         "average", "E: each row the mean of T / k neighbours, or normal numbers of variance 1 / k"
     )
@@ -39,12 +39,12 @@ class LinformerParameters:
             return
         if config.streams:
             raise ConfigError(
-                f"linformer mixes all positions of a sequence; {config.name} sees chunks: give linformer.length=none"
+                f"linformer mixes all positions of a sequence; {config.name} sees chunks: give linformer.length=null"
             )
         if config.position == "relative":
             raise ConfigError(
                 f"linformer mixes keys of several positions, which have no offset to a query; {config.name} has relative "
-                "positions: give linformer.length=none"
+                "positions: give linformer.length=null"
             )
         self.check_pass(config, config.causal)
 
@@ -53,5 +53,5 @@ class LinformerParameters:
         if causal and self.length is not None:
             raise ConfigError(
                 f"linformer mixes keys with later ones, so {config.name} cannot be causal under it: give "
-                "linformer.length=none, or a model that is not causal"
+                "linformer.length=null, or a model that is not causal"
             )

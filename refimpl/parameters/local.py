@@ -14,7 +14,7 @@ class LocalParameters:
     """Local attention; without a `window` it is exact attention."""
 
     window: int | None = parameter(
-        64, "w: a query sees keys at most so many positions away, on either side; none is exact, as flash"
+        64, "w: a query sees keys at most so many positions away, on either side; null is exact, as flash"
     )
 
     def __post_init__(self) -> None:
