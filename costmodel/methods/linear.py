@@ -25,7 +25,9 @@ class Linear(Dense):
     def __init__(self, setting: Setting, parameters: LinearParameters) -> None:
         super().__init__(setting, parameters)
         if setting.cached:
-            raise ConfigError("linear attention keeps a state of D x D a head, not keys for a cache: estimate a prefill")
+            raise ConfigError(
+                "linear attention keeps a state of D x D a head, not keys for a cache: estimate a prefill"
+            )
 
     def compute_layer(self) -> list[Op]:
         s, c = self.setting, self.setting.config

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from costmodel import memory
 from costmodel.methods import steps
 from costmodel.methods.dense import Dense
 from costmodel.methods.flash import Flash, fused_context

@@ -16,9 +16,7 @@ from refimpl.engines.protocol import Array
 CHUNK = 128  # positions: products of matrices about as large as the state
 
 
-def chunked_linear_attention(
-    xp: Any, q: Array, k: Array, v: Array, causal: bool, out: Array | None = None
-) -> Array:
+def chunked_linear_attention(xp: Any, q: Array, k: Array, v: Array, causal: bool, out: Array | None = None) -> Array:
     """The op `linear_attention` over NumPy or CuPy; its mask is in k. q (B, H, Tq, D) -> (B, H, Tq, Dv)."""
     batch, heads, q_len, _ = q.shape
     kv_heads, k_len = k.shape[1:3]

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.engines.cupy_kernels import C_TYPES, SOURCE, WIDE, Grid, instances, row_threads, rows_by_columns
 from refimpl.engines.chunked import chunked_linear_attention
+from refimpl.engines.cupy_kernels import C_TYPES, SOURCE, WIDE, Grid, instances, row_threads, rows_by_columns
 from refimpl.engines.numpy_engine import NumpyEngine, check_band, check_keys_mask
 from refimpl.engines.protocol import Array
 from refimpl.errors import MissingDependencyError, ShapeError, UnsupportedError
@@ -402,7 +402,7 @@ class CupyEngine(NumpyEngine):
         return (abs(self.xp.arange(keys.start, keys.stop) - positions) <= window)[None, None]
 
     def _add_position(self, s: Array, q: Array, p: Array, scale: float, rows: slice, first: int) -> None:
-        """Add ``scale q_i . p[T - 1 - i + j]`` to the scores (b, g, G, rows, keys) of these rows and keys from `first`."""
+        """Add ``scale q_i . p[T - 1 - i + j]`` to scores (b, g, G, rows, keys) of these rows and keys from `first`."""
         length, keys = (p.shape[3] + 1) // 2, s.shape[-1]
         start = length - rows.stop + first
         met = p[:, :, :, start : start + rows.stop - rows.start + keys - 1]  # (1, g, G, rows + keys - 1, D)

@@ -433,9 +433,7 @@ class NumbaEngine:
         mask: Array | None = None,
     ) -> Array:
         check.band("local_relative_attention", q, k, window)
-        return self._relative_attention(
-            "local_relative_attention", q, q_position, k, v, p, scale, causal, mask, window
-        )
+        return self._relative_attention("local_relative_attention", q, q_position, k, v, p, scale, causal, mask, window)
 
     def project_length(self, x: Array, weight: Array, mask: Array | None = None) -> Array:
         fits = x.ndim == 4 and weight.ndim == 2 and weight.shape[1] == x.shape[2]

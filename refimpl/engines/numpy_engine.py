@@ -454,7 +454,9 @@ def _band_blocks(
 def check_band(op: str, q: Array, k: Array, window: int) -> None:
     """Raise ShapeError where there is no band: more queries than keys, or a window below 0."""
     if q.shape[2] > k.shape[2] or window < 0:
-        raise ShapeError(f"{op}: {q.shape[2]} queries, {k.shape[2]} keys, window {window}; it takes Tq <= Tk, window >= 0")
+        raise ShapeError(
+            f"{op}: {q.shape[2]} queries, {k.shape[2]} keys, window {window}; it takes Tq <= Tk, window >= 0"
+        )
 
 
 def check_keys_mask(op: str, mask: Array | None, k: Array) -> None:

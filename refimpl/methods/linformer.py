@@ -59,8 +59,8 @@ class Linformer(Dense):
             return
         if tuple(layer.mask.shape[1:]) != (1, 1, x.shape[1]):
             raise UnsupportedError(
-                f"linformer mixes keys before queries meet them; the mask is {tuple(layer.mask.shape)}: give one of keys "
-                f"alone, (B or 1, 1, 1, {x.shape[1]})"
+                f"linformer mixes keys before queries meet them; the mask is {tuple(layer.mask.shape)}: give one of "
+                f"keys alone, (B or 1, 1, 1, {x.shape[1]})"
             )
         seen = at(QKV).to_numpy(layer.mask)[:, 0, 0, :] @ (e != 0).T  # (B or 1, k)
         self.mask = at(QKV).asarray(seen[:, None, None, :])

@@ -34,6 +34,4 @@ def local_context(at: At, q: Queries, k: Array, v: Array, window: int, layer: La
     if q.position is None:
         return ops.local_attention(q.content, k, v, window, layer.scale, layer.causal, layer.mask)
     p = position_keys(at, layer)[0, :, :, :]  # (H, 2T - 1, D)
-    return ops.local_relative_attention(
-        q.content, q.position, k, v, p, window, layer.scale, layer.causal, layer.mask
-    )
+    return ops.local_relative_attention(q.content, q.position, k, v, p, window, layer.scale, layer.causal, layer.mask)

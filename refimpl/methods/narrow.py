@@ -46,7 +46,7 @@ def truncated(left: Array, right: Array, width: int) -> tuple[Array, Array]:
     ``left = Q1 R1`` and ``right = Q2 R2`` (thin) give ``left rightᵀ = Q1 (U S Vᵀ) Q2ᵀ`` with the decomposition of the
     small matrix ``R1 R2ᵀ``; A = R2ᵀ V S^(-1/2) and B = R1ᵀ U S^(-1/2), of the D' largest singular values.
     """
-    r1, r2 = np.linalg.qr(left, mode="r"), np.linalg.qr(right, mode="r")
+    r1, r2 = (np.asarray(np.linalg.qr(matrix, mode="r")) for matrix in (left, right))  # (D, D) or flatter
     u, s, vt = np.linalg.svd(r1 @ r2.T, full_matrices=False)
     kept = min(width, len(s))
     tiny = np.finfo(np.float64).eps * s[0] * max(left.shape + right.shape)

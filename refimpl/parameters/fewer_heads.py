@@ -54,10 +54,10 @@ class FewerHeadsParameters:
 
     def shape(self, config: ModelConfig) -> ModelConfig:
         """The model that an attention sublayer with fewer heads is a sublayer of."""
+        all_heads: Any = config.heads
+        if hasattr(all_heads, "free_symbols"):  # SymPy symbols are taken to divide
+            heads = all_heads / 2 if self.heads is None else self.heads
+            return replace(config, heads=heads, kv_heads=heads / (all_heads / config.kv_heads))
         group = config.heads // config.kv_heads
-        if hasattr(config.heads, "free_symbols"):  # SymPy symbols are taken to divide
-            group = config.heads / config.kv_heads
-            heads = config.heads / 2 if self.heads is None else self.heads
-            return replace(config, heads=heads, kv_heads=heads / group)
         kv_heads = max(1, config.kv_heads // 2) if self.heads is None else self.heads // group
         return replace(config, heads=kv_heads * group, kv_heads=kv_heads)

@@ -43,8 +43,8 @@ class LinformerParameters:
             )
         if config.position == "relative":
             raise ConfigError(
-                f"linformer mixes keys of several positions, which have no offset to a query; {config.name} has relative "
-                "positions: give linformer.length=null"
+                f"linformer mixes keys of several positions, which have no offset to a query; {config.name} has "
+                "relative positions: give linformer.length=null"
             )
         self.check_pass(config, config.causal)
 

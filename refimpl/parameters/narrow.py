@@ -36,7 +36,9 @@ class NarrowParameters:
             return
         width = self.shape(config).head_dim
         if width > config.head_dim:
-            raise ConfigError(f"width={width}; the heads of {config.name} are {config.head_dim} wide: give at most that")
+            raise ConfigError(
+                f"width={width}; the heads of {config.name} are {config.head_dim} wide: give at most that"
+            )
         if config.position == "rotary" and width != config.head_dim:
             raise ConfigError(
                 f"narrow projects queries and keys, which {config.name} turns by their positions in between: give "
@@ -51,5 +53,5 @@ class NarrowParameters:
         """The model that a narrow attention sublayer is a sublayer of."""
         if self.width is not None:
             return replace(config, head_dim=self.width)
-        symbolic = hasattr(config.head_dim, "free_symbols")
-        return replace(config, head_dim=config.head_dim / 2 if symbolic else max(1, config.head_dim // 2))
+        width: Any = config.head_dim
+        return replace(config, head_dim=width / 2 if hasattr(width, "free_symbols") else max(1, width // 2))

@@ -242,8 +242,9 @@ def test_numba_is_as_right_as_numpy_in_the_same_precision(method: str, config: M
     mask = (np.arange(21) < np.array([[21], [17]]))[:, None, None, :]
     exact, rounded = (load_model(config, dtype=dtype) for dtype in ("float64", "float32"))
     truth = forward(exact, ids, method, on(method), mask=mask).output
-    honest, fast = (forward(rounded, ids, method, on(method), engine, mask=mask).output for engine in ("numpy", "numba"))
+    honest, fast = (
+        forward(rounded, ids, method, on(method), engine, mask=mask).output for engine in ("numpy", "numba")
+    )
     error, allowed = (np.abs(x - truth).max() for x in (fast, honest))
     floor = 8 * np.finfo(np.float32).eps * np.abs(truth).max()
     assert error <= 2 * allowed + floor, f"{method}: error {error:.2e}, honest {allowed:.2e}"
-
