@@ -167,8 +167,8 @@ CATALOG: dict[str, Method] = {
         model="whisper-tiny-en",
         equation="Y_i = phi(q_i) (sum_j phi(k_j) v_j^T) / (phi(q_i) . sum_j phi(k_j)) Wo^T, phi(x) = elu(x) + 1",
         reading="weights of a model that was trained with softmax; rotary positions before phi; no cache of the state",
-        not_off="phi(q) . phi(k) is another kernel than exp(q . k): no phi of D numbers makes the two equal. It equals the "
-        "map of its own kernel, normalised by rows and multiplied by the values, up to rounding",
+        not_off="phi(q) . phi(k) is another kernel than exp(q . k), and no phi of D numbers makes the two equal. The "
+        "output equals that of the map of its own kernel, with rows that sum to 1, up to rounding",
     ),
 }
 

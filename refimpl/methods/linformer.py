@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -53,7 +54,7 @@ class Linformer(Dense):
 
     def _prepare(self, at: At, x: Array, layer: Layer, length: int) -> None:
         """E, and which of its rows see a position that is not hidden."""
-        e = projection(length, x.shape[1], self.parameters.projection, self.parameters.seed, str(x.dtype))
+        e = projection(length, x.shape[1], self.parameters.projection, self.parameters.seed, _name(x.dtype))
         self.projection = at(QKV).asarray(e)
         if layer.mask is None:
             return
@@ -79,3 +80,8 @@ def projection(length: int, positions: int, kind: str, seed: int, dtype: str) ->
     places = np.arange(positions)
     within = (places >= edges[:-1, None]) & (places < edges[1:, None])  # (k, T)
     return (within / np.diff(edges)[:, None]).astype(dtype)
+
+
+def _name(dtype: Any) -> str:
+    """float32 of any engine's dtype."""
+    return str(dtype).rpartition(".")[2]
