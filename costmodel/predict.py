@@ -89,8 +89,10 @@ def predict(estimate: Estimate, hardware: Hardware) -> Prediction:
     return Prediction(estimate, hardware, by_op, _banded(total, hardware))
 
 
-# Ops that do what another one does: they copy sequences of a batch, or compare features.
-SAME_KERNEL = {"take_rows": "fetch", "scatter": "fetch", "search_graph": "nearest"}
+# Ops that do what another one does: they copy sequences of a batch, compare features, or multiply matrices of heads.
+SAME_KERNEL = {"take_rows": "fetch", "scatter": "fetch", "search_graph": "nearest", "project_length": "weighted_sum"}
+# Ops within a band: the fused kernels with other bounds.
+BANDED = {"local_attention": "attention", "local_relative_attention": "relative_attention"}
 
 
 def kind_of(op: str, sizes: Mapping[str, Quantity]) -> str:
@@ -98,6 +100,7 @@ def kind_of(op: str, sizes: Mapping[str, Quantity]) -> str:
 
     Arrays of sizes count as their largest.
     """
+    op = BANDED.get(op, op)
     if op in ("linear", "project", "block_linear") and np.max(sizes["rows"]) <= FEW_ROWS:
         return f"{op}, few rows"
     if op in (
