@@ -5,6 +5,10 @@ Per layer 4 T d D matrix FLOPs for state and outputs instead of 4 T^2 d for map 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
+
 from costmodel import memory
 from costmodel.methods import steps
 from costmodel.methods.dense import Dense
@@ -12,7 +16,7 @@ from costmodel.methods.steps import Setting
 from costmodel.ops import Op, Quantity
 from refimpl.components import ATTENTION
 from refimpl.errors import ConfigError
-from refimpl.parameters.linear import LinearParameters
+from refimpl.parameters.linear import NO_DECODING, LinearParameters
 
 FEATURES = {"elu": "elu_plus_one", "relu": "relu"}  # parameter -> op
 
@@ -23,11 +27,9 @@ class Linear(Dense):
     parameters: LinearParameters
 
     def __init__(self, setting: Setting, parameters: LinearParameters) -> None:
-        super().__init__(setting, parameters)
-        if setting.cached:
-            raise ConfigError(
-                "linear attention keeps a state of D x D a head, not keys for a cache: estimate a prefill"
-            )
+        super().__init__(replace(setting, cached=False), parameters)  # nothing is appended
+        if np.any(setting.past):
+            raise ConfigError(NO_DECODING)
 
     def compute_layer(self) -> list[Op]:
         s, c = self.setting, self.setting.config

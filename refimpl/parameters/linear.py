@@ -9,6 +9,11 @@ from refimpl.config import ModelConfig
 from refimpl.errors import ConfigError
 from refimpl.parameters.base import parameter, require_choice
 
+NO_DECODING = (
+    "linear attention keeps a state of D x D a head, which the cache of positions does not hold: run whole sequences, "
+    "not steps behind a cache"
+)
+
 
 @dataclass(frozen=True)
 class LinearParameters:

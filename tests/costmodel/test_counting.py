@@ -38,7 +38,7 @@ from refimpl.recorder import Call, tally
 @pytest.mark.parametrize(
     ("method", "recipe"), [(m, recipe) for m in CATALOG for recipe in (WHOLE if m in ON_HEADS + AT_ONCE else RECIPES)]
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_recorded_ops_equal_closed_form(method: str, recipe: str, data: st.DataObject) -> None:
     """Op by op, with all sizes, as integers; and every executed op's FLOPs and bytes are counted while it runs."""
@@ -60,7 +60,7 @@ def test_recorded_ops_equal_closed_form(method: str, recipe: str, data: st.DataO
 
 
 @pytest.mark.parametrize("method", [method for method in CATALOG if method not in AT_ONCE])
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_recorded_ops_with_a_cache_equal_closed_form(method: str, data: st.DataObject) -> None:
     """A prefill that fills a cache, and decoding after it: ops, cache bytes, and the counted cost of each op."""
@@ -84,7 +84,7 @@ def test_recorded_ops_with_a_cache_equal_closed_form(method: str, data: st.DataO
 
 
 @pytest.mark.parametrize("method", [method for method in CATALOG if method not in ON_HEADS + AT_ONCE])
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_recorded_ops_of_a_stream_equal_closed_form(method: str, data: st.DataObject) -> None:
     """Chunks from the beginning and behind a left context: ops, cache bytes, and the counted cost of each op."""

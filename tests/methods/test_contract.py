@@ -11,7 +11,6 @@ from counting import AuditedEngine, as_kept
 from strategies import fits
 
 import costmodel
-import refimpl
 from refimpl import Runner, Workload, forward, load_model
 from refimpl.config import ModelConfig
 from refimpl.errors import ConfigError
@@ -215,8 +214,11 @@ def test_decoding_equals_one_pass_or_is_refused(method: str) -> None:
     """Position by position over a cache, in float64; on the kind of decoder that the method has."""
     config = replace(MODELS["decoder"], position="none", kv_heads=4)
     if method in ("attmemo", "linear", "linformer"):
+        runner = Runner(load_model(config), "numpy")
+        cache = runner.new_cache(LENGTH, method if method == "linear" else "dense")
+        cache.advance(1)
         with pytest.raises(ConfigError):
-            refimpl.forward(load_model(config), ids_of(1), method, on(method), cache=_cache(config))
+            runner(ids_of(1)[:, 1:], method, on(method), cache=cache)
         with pytest.raises(ConfigError):
             costmodel.estimate(method, config, Workload(1, phase="decode", kv_len=3), on(method))
         return
@@ -227,10 +229,6 @@ def test_decoding_equals_one_pass_or_is_refused(method: str) -> None:
     cache = runner.new_cache(LENGTH, ready)
     stepped = [runner(ids[:, i : i + 1], ready, cache=cache).output for i in range(LENGTH)]
     np.testing.assert_allclose(np.concatenate(stepped, axis=1), runner(ids, ready).output, rtol=1e-9, atol=1e-9)
-
-
-def _cache(config: ModelConfig) -> Any:
-    return Runner(load_model(config), "numpy").new_cache(LENGTH)
 
 
 @EACH

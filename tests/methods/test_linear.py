@@ -15,7 +15,7 @@ from refimpl.errors import ConfigError, UnsupportedError
 from refimpl.methods.linear import Linear
 from refimpl.methods.steps import Layer
 from refimpl.parameters.linear import LinearParameters
-from refimpl.recorder import Recorder
+from refimpl.recorder import Recorder, tally
 
 TINY = ModelConfig("tiny", "pre-norm", 1, 24, 4, 8, kv_heads=2, vocab=30)
 FEATURES = {"elu": lambda x: np.where(x > 0, x + 1, np.exp(np.minimum(x, 0))), "relu": lambda x: np.maximum(x, 0)}
@@ -90,9 +90,14 @@ def test_caches_streams_and_relative_positions_are_refused_in_one_line() -> None
     config = preset("smollm2-135m")
     small = override(config, layers=1, d_model=12, heads=2, kv_heads=1, d_ff=8, vocab=20)
     runner, ids = Runner(load_model(small), "numpy"), np.zeros((1, 3), int)
-    words = "keeps a state of D x D a head"
+    words, cache = "keeps a state of D x D a head", runner.new_cache(6, "linear")
+    run = runner(ids, "linear", cache=cache)  # a prefill keeps nothing
+    np.testing.assert_array_equal(run.output, runner(ids, "linear").output)
+    estimate = costmodel.estimate("linear", small, Workload(3, fills_cache=True))
+    assert tally(run.calls) == estimate.tally()
+    assert cache.bytes == estimate.cache_bytes == 0
     with pytest.raises(ConfigError, match=words):
-        runner(ids, "linear", cache=runner.new_cache(3))
+        runner(ids, "linear", cache=cache)
     with pytest.raises(ConfigError, match=words):
         costmodel.estimate("linear", config, Workload(1, phase="decode", kv_len=9))
     for name, message in (("conformer-m", "relative positions"), ("emformer-rnnt-base", "left context")):
