@@ -171,6 +171,8 @@ def explain(
     import sympy
 
     T, B = sympy.symbols("T B", integer=True, positive=True)
+    if hasattr(chosen, "in_numbers"):
+        chosen = chosen.in_numbers(config)
     program = COSTS[name](Setting(_in_symbols(config), B, T, int(masked)), chosen)
     layers = [Layer(kind, count, _formulas(ops, config)) for kind, (count, ops) in program.layers().items() if count]
     return Explanation(name, config, masked, dict(params or {}), layers)

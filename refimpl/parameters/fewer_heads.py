@@ -48,6 +48,11 @@ class FewerHeadsParameters:
                 f"multiple of {group}"
             )
 
+    def in_numbers(self, config: ModelConfig) -> FewerHeadsParameters:
+        """With the number of heads, where the default is not half of them, as formulas in symbols take it to be."""
+        heads = self.shape(config).heads
+        return self if self.heads is not None or 2 * heads == config.heads else replace(self, heads=heads)
+
     def is_off(self, config: ModelConfig) -> bool:
         """Whether all heads remain."""
         return self.shape(config).heads == config.heads
