@@ -45,6 +45,7 @@ HALVES: Under = (("efficientasr", {"group": 1, "ffn_chunks": 2}),)
 QUARTERS: Under = (("efficientasr", {"group": 1, "ffn_chunks": 4}),)
 HEAD: Under = (("svd-softmax", {"decomposition": "gram"}),)
 FILTERS: Under = (("latte", {}), ("latte", {"kept": 0.5}))  # two parts of pairs, to tell kept and visible ones apart
+LINEAR: Under = (("linear", {}),)  # which takes no cache, so that causal passes need models without a head
 # Maps of the pass's own inputs: every sequence is found.
 LOOKUPS: Under = (("attmemo", {"epochs": 0}),)
 if sys.platform == "linux":
@@ -99,8 +100,10 @@ CELLS = (
     Cell(_model("post-norm", 448, 14, 1792), 1100, methods=(*METHODS, *FILTERS)),
     Cell(_model("pre-norm", 320, 5, 1280), 1250, methods=(*METHODS, *HALVES)),
     Cell(_model("pre-norm", 480, 8, 1920), 160, methods=(*METHODS, *QUARTERS)),
-    Cell(_model("pre-norm", 192, 3, 768), 2300, methods=(*METHODS, *FILTERS)),
-    Cell(_model("patches", 272, 4, 1088), 210, methods=(*METHODS, *FILTERS)),
+    Cell(_model("pre-norm", 192, 3, 768), 2300, methods=(*METHODS, *FILTERS, *LINEAR)),
+    Cell(_model("patches", 272, 4, 1088), 210, methods=(*METHODS, *FILTERS, *LINEAR)),
+    Cell(_model("pre-norm", 224, 4, 640, causal=True), 520, methods=LINEAR),
+    Cell(_model("pre-norm", 160, 5, 480, causal=True), 1500, methods=LINEAR),
     Cell(_model("decoder", 544, 8, 1408, kv_heads=2), 330, methods=(*METHODS, *FILTERS)),
     Cell(_model("decoder", 192, 3, 576), 1400, methods=(*METHODS, *HEAD)),
     Cell(_model("decoder", 448, 7, 1216), 900, methods=(*METHODS, *HEAD, *FILTERS)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -81,6 +82,17 @@ class Explanation:
         return method(self.name)
 
     @property
+    def off(self) -> str:
+        """The setting that is exact, and which equality holds; or why there is none. Empty for exact methods."""
+        row = self.row
+        if not row.off:
+            return row.not_off
+        knobs = {name: values[0] for name, values in PARAMETERS[self.name].sweep(self.config).items()}
+        settings = {name: json.dumps(value) for name, value in (knobs | dict(row.off_with)).items()}
+        text = ", ".join(f"{name}={value}" for name, value in settings.items())
+        return f"{text} equals {row.off}, bit for bit on the numpy engine"
+
+    @property
     def parameters(self) -> list[tuple[str, Any, str]]:
         """Name, default and meaning of each parameter; ``reuse.group`` where there are several methods."""
         prefix = "{}." if "+" in self.name else ""
@@ -140,6 +152,7 @@ class Explanation:
             "reading": self.row.reading,
             "replaces": {name: list(declared(name)) for name in members(self.name)},
             "combines_with": self.combines_with,
+            "off": self.off,
             "parameters": [
                 {"name": name, "default": default, "about": about} for name, default, about in self.parameters
             ],
@@ -193,6 +206,8 @@ def explain(
     import sympy
 
     T, B = sympy.symbols("T B", integer=True, positive=True)
+    if hasattr(chosen, "in_numbers"):
+        chosen = chosen.in_numbers(config)
     program = COSTS[name](Setting(_in_symbols(config), B, T, int(masked)), chosen)
     layers = [Layer(kind, count, _formulas(ops, config)) for kind, (count, ops) in program.layers().items() if count]
     return Explanation(name, config, masked, dict(params or {}), layers)

@@ -553,7 +553,8 @@ def explain_blocks(found: Explanation) -> list[Block]:
     row = found.row
     blocks: list[Block] = [
         f"{found.name}: {row.title} ({'exact' if row.exact else 'approximate'})",
-        f"equation   {row.equation}\nsource     {row.paper}\nour part   {row.reading}",
+        f"equation   {row.equation}\nsource     {row.paper}\nour part   {row.reading}"
+        + (f"\noff        {found.off}" if found.off else ""),
     ]
     blocks.append(f"replaces       {found.replaced_text}\ncombines with  {found.combines_with_text}")
     if found.parameters:

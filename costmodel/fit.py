@@ -39,6 +39,7 @@ HALVES: dict[str, tuple[str, ...]] = {
     "attention": ("q_len", "k_len", "head_dim"),
     "filtered_attention": ("q_len", "k_len", "head_dim"),
     "relative_attention": ("length", "head_dim"),
+    "linear_attention": ("q_len", "head_dim"),
     "refine": ("n", "d_in"),
 }
 HALF_PRIOR = 8.0  # rows, columns: a few vector registers

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
+
 Quantity = Any  # int, NumPy array of ints, or SymPy expression
 INDEX_BYTES = 8  # token ids are int64
 MASK_BYTES = 1  # masks are bool
@@ -62,6 +64,33 @@ def visible_pairs(q_len: Quantity, k_len: Quantity, causal: int) -> Quantity:
     if isinstance(q_len, int) and isinstance(k_len, int) and q_len > k_len:
         return k_len * (k_len + 1) // 2  # the first rows see nothing
     return q_len * k_len - q_len * (q_len - 1) // 2
+
+
+def smaller(a: Quantity, b: Quantity) -> Quantity:
+    """The minimum of ints or arrays; a SymPy symbol stands for a size above every number."""
+    symbolic = [x for x in (a, b) if getattr(x, "free_symbols", None)]
+    if not symbolic:
+        return np.minimum(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else min(int(a), int(b))
+    if len(symbolic) == 1:
+        return b if symbolic[0] is a else a
+    import sympy
+
+    return sympy.Min(a, b)
+
+
+def band_pairs(q_len: Quantity, k_len: Quantity, causal: int, window: Quantity) -> Quantity:
+    """Query-key pairs of one map at most `window` positions apart: of a query its own key, those before, those after.
+
+    The position p has min(p, w) keys before it within the band, and min(T - 1 - p, w) behind it.
+    """
+    behind = 0 if causal else _capped_sum(q_len, window)
+    return q_len + _capped_sum(k_len, window) - _capped_sum(k_len - q_len, window) + behind
+
+
+def _capped_sum(n: Quantity, most: Quantity) -> Quantity:
+    """min(0, w) + min(1, w) + ... + min(n - 1, w)."""
+    turn = smaller(most, n - 1)
+    return turn * (turn + 1) // 2 + (n - 1 - turn) * most
 
 
 def _linear(b: int, rows: Quantity, d_in: Quantity, d_out: Quantity, bias: int) -> Cost:
@@ -216,6 +245,62 @@ def _relative_attention(
     )
 
 
+def _local_attention(
+    b: int, maps: Quantity, kv_maps: Quantity, q_len: Quantity, k_len: Quantity, head_dim: Quantity, causal: int,
+    mask: Quantity, window: Quantity,
+) -> Cost:  # fmt: skip
+    pairs = maps * band_pairs(q_len, k_len, causal, window)
+    keys = smaller(q_len + window, k_len)  # that a query sees
+    return Cost(
+        matmul_flops=4 * pairs * head_dim,
+        vector_flops=4 * pairs + 2 * maps * q_len * head_dim,  # as of `attention`
+        activation_bytes=maps * q_len * head_dim * b + mask * MASK_BYTES,
+        kv_bytes=2 * kv_maps * keys * head_dim * b,
+        bytes_written=maps * q_len * head_dim * b,
+    )
+
+
+def _local_relative_attention(
+    b: int, maps: Quantity, heads: Quantity, length: Quantity, head_dim: Quantity, causal: int, mask: Quantity,
+    window: Quantity,
+) -> Cost:  # fmt: skip
+    pairs = maps * band_pairs(length, length, causal, window)
+    ahead = smaller(window, length - 1)  # offsets on either side that are used
+    offsets = ahead + 1 if causal else 2 * ahead + 1
+    return Cost(
+        matmul_flops=6 * pairs * head_dim,
+        vector_flops=5 * pairs + 3 * maps * length * head_dim,  # as of `relative_attention`
+        activation_bytes=(2 * maps * length + heads * offsets) * head_dim * b + mask * MASK_BYTES,
+        kv_bytes=2 * maps * length * head_dim * b,
+        bytes_written=maps * length * head_dim * b,
+    )
+
+
+def _project_length(
+    b: int, maps: Quantity, q_len: Quantity, k_len: Quantity, head_dim: Quantity, mask: Quantity
+) -> Cost:
+    return Cost(
+        matmul_flops=2 * maps * q_len * k_len * head_dim,
+        table_bytes=q_len * k_len * b,
+        activation_bytes=maps * k_len * head_dim * b + mask * MASK_BYTES,
+        bytes_written=maps * q_len * head_dim * b,
+    )
+
+
+def _linear_attention(
+    b: int, maps: Quantity, kv_maps: Quantity, q_len: Quantity, k_len: Quantity, head_dim: Quantity, causal: int,
+    mask: Quantity,
+) -> Cost:  # fmt: skip
+    keys, queries = kv_maps * k_len * head_dim, maps * q_len * head_dim
+    return Cost(
+        matmul_flops=2 * keys * head_dim + 2 * queries * (head_dim + 1),  # the state; with it, and with the sum of keys
+        vector_flops=keys * (1 + causal * head_dim) + queries,  # sums of keys; the running state; the division
+        activation_bytes=queries * b + mask * MASK_BYTES,
+        kv_bytes=2 * keys * b,
+        bytes_written=queries * b,
+    )
+
+
 def _top(b: int, rows: Quantity, width: Quantity, n: Quantity) -> Cost:
     return Cost(activation_bytes=rows * width * b, bytes_written=rows * n * INDEX_BYTES)
 
@@ -318,6 +403,7 @@ FORMULAS: dict[str, Callable[..., Cost]] = {
     "silu": _elementwise(4),  # negate, exp, + 1, divide
     "relu": _elementwise(1),
     "glu": _elementwise(4, operands=2),
+    "elu_plus_one": _elementwise(4),  # minimum, exp, maximum, +
     "swiglu": _elementwise(5, operands=2),
     "rotary": _rotary,
     "concat": _elementwise(0),
@@ -334,6 +420,10 @@ FORMULAS: dict[str, Callable[..., Cost]] = {
     "weighted_sum": _weighted_sum,
     "attention": _attention,
     "relative_attention": _relative_attention,
+    "local_attention": _local_attention,
+    "local_relative_attention": _local_relative_attention,
+    "project_length": _project_length,
+    "linear_attention": _linear_attention,
     "top": _top,
     "refine": _refine,
     "quantize": _quantize,

@@ -89,9 +89,14 @@ def predict(estimate: Estimate, hardware: Hardware) -> Prediction:
     return Prediction(estimate, hardware, by_op, _banded(total, hardware))
 
 
-# Ops that do what another one does: they copy sequences of a batch, or compare features.
-SAME_KERNEL = {"take_rows": "fetch", "scatter": "fetch", "search_graph": "nearest"}
-SAME_LOOPS = {"filtered_map": "filtered_attention"}  # all but the last loop, over values
+# Ops that do what another one does: they copy sequences of a batch, compare features, or multiply matrices of heads.
+SAME_KERNEL = {"take_rows": "fetch", "scatter": "fetch", "search_graph": "nearest", "project_length": "weighted_sum"}
+# Ops that run the loops of another one: within a band, the same tiles with other bounds; or all loops but the one over values.
+SAME_LOOPS = {
+    "local_attention": "attention",
+    "local_relative_attention": "relative_attention",
+    "filtered_map": "filtered_attention",
+}
 
 
 def kind_of(op: str, sizes: Mapping[str, Quantity]) -> str:

@@ -12,14 +12,18 @@ that are filtered: `filtered_rows` is the same row by row on kept keys alone, an
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from costmodel.ops import FORMULAS
+import costmodel
+from costmodel.closed_form import Estimate
+from costmodel.ops import FORMULAS, visible_pairs
 from refimpl.engines.numpy_engine import NumpyEngine, upper_nibble
 from refimpl.engines.protocol import OUTCOMES, SIZES
+from refimpl.recorder import Call
 
 FREE = {  # selections and comparisons cost no FLOP
     "equal", "not_equal", "less", "greater", "less_equal", "greater_equal", "isfinite", "isnan", "logical_or",
@@ -283,3 +287,16 @@ def _watch(x: Any, ledger: Ledger) -> Any:
 def _arrays(args: Any) -> list[np.ndarray]:
     flat = [x for arg in args for x in (arg if isinstance(arg, tuple) else (arg,))]
     return [x for x in flat if isinstance(x, np.ndarray)]
+
+
+def as_kept(estimate: Estimate, calls: list[Call]) -> Estimate:
+    """The estimate of one step, told as fractions how many pairs each layer kept, where that depends on the data."""
+    filtering = [dict(call.sizes) for call in calls if call.op == "filtered_attention"]
+    if not filtering:
+        return estimate
+    parts = []
+    for sizes in filtering:
+        pairs = sizes["maps"] * visible_pairs(sizes["q_len"], sizes["k_len"], sizes["causal"])
+        parts.append([Fraction(sizes["kept"], pairs)] * sizes["heads"])
+    params = {"kept": parts, "stage2": estimate.parameters.stage2}
+    return costmodel.estimate(estimate.method, estimate.config, estimate.workload, params)

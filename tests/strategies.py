@@ -232,6 +232,48 @@ def efficientasr_parameters(draw: Any, config: ModelConfig) -> dict[str, Any]:
 
 
 @st.composite
+def fewer_heads_parameters(draw: Any, config: ModelConfig) -> dict[str, Any]:
+    """Any number of heads in whole groups."""
+    group = config.heads // config.kv_heads
+    return {
+        "heads": draw(st.none() | st.integers(1, config.kv_heads).map(lambda heads: heads * group)),
+        "keep": draw(st.sampled_from(["norm", "first"])),
+        "fused": draw(st.booleans()),
+    }
+
+
+@st.composite
+def narrow_parameters(draw: Any, config: ModelConfig) -> dict[str, Any]:
+    """Any width; the full one where heads are rotated."""
+    least = config.head_dim if config.position == "rotary" else 1
+    return {"width": draw(st.integers(least, config.head_dim)), "fused": draw(st.booleans())}
+
+
+@st.composite
+def local_parameters(draw: Any, config: ModelConfig) -> dict[str, Any]:
+    """Any window, wider than the sequence among them."""
+    return {"window": draw(st.none() | st.integers(0, 9))}
+
+
+@st.composite
+def linformer_parameters(draw: Any, config: ModelConfig) -> dict[str, Any]:
+    """Any parameters of linformer; off where the model has no use for it."""
+    able = not (config.streams or config.causal or config.position == "relative")
+    return {
+        "length": draw(st.none() | st.integers(1, 8)) if able else None,
+        "projection": draw(st.sampled_from(["average", "random"])),
+        "seed": draw(st.integers(0, 2)),
+        "fused": draw(st.booleans()),
+    }
+
+
+@st.composite
+def linear_parameters(draw: Any, config: ModelConfig) -> dict[str, Any]:
+    """Either feature map."""
+    return {"feature": draw(st.sampled_from(["elu", "relu"]))}
+
+
+@st.composite
 def headshare_parameters(draw: Any, config: ModelConfig) -> dict[str, Any]:
     """Any parameters of headshare that fit the model: none but the off knob where nothing can be shared."""
     most = (config.layers - 1) / config.layers
@@ -256,6 +298,7 @@ def head_matches(draw: Any, layers: int, heads: int) -> list[list[int]]:
 
 
 ON_HEADS = ("svd-softmax",)  # methods for models with a language head alone
+AT_ONCE = ("linear",)  # methods that keep no keys for a cache, so that nothing streams either
 
 # method -> what draws its parameters for a model; methods without parameters are not listed
 PARAMETERS = {
@@ -267,6 +310,11 @@ PARAMETERS = {
     "kvsharer": kvsharer_parameters,
     "headshare": headshare_parameters,
     "efficientasr": efficientasr_parameters,
+    "fewer-heads": fewer_heads_parameters,
+    "narrow": narrow_parameters,
+    "local": local_parameters,
+    "linformer": linformer_parameters,
+    "linear": linear_parameters,
 }
 
 

@@ -195,6 +195,11 @@ def test_formula_tables_equal_the_cost_model(what: str, rows: list[list[str]]) -
         )  # fmt: skip
         sizes = {"P": reused, "W": letters["W"], "n": letters["n"]}
         params = {name: sizes[value] if value in sizes else constant(value) for name, value in given.items()}
+        letters |= {"causal": int(causal), "k": params.get("length")}  # of linformer
+        if method == "local":
+            w = letters["w"] = params["window"]  # T is above it
+            letters |= {"N": T * (w + 1) - w * (w + 1) / 2 if causal else T * (2 * w + 1) - w * (w + 1)}
+            letters |= {"R": w + 1 if causal else 2 * w + 1}
         letters |= {"rho": sympy.nsimplify(params.get("kept", 1))}  # the part of pairs that latte keeps
         ops = ops_of_layer(method, config, Workload(T, B, causal=causal), params, layer, only)
         steps = [row for row in rows if not row[0].startswith("total")]

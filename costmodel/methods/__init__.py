@@ -21,6 +21,11 @@ COSTS: Registry[type[Dense]] = Registry(
         "kvsharer": "costmodel.methods.kvsharer:KVSharer",
         "headshare": "costmodel.methods.headshare:HeadShare",
         "efficientasr": "costmodel.methods.efficientasr:EfficientASR",
+        "fewer-heads": "costmodel.methods.fewer_heads:FewerHeads",
+        "narrow": "costmodel.methods.narrow:Narrow",
+        "local": "costmodel.methods.local:Local",
+        "linformer": "costmodel.methods.linformer:Linformer",
+        "linear": "costmodel.methods.linear:Linear",
     },
     composed="costmodel.methods.composite:Composite",
 )

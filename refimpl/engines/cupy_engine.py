@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from refimpl.engines.chunked import chunked_linear_attention
 from refimpl.engines.cupy_kernels import C_TYPES, SOURCE, WIDE, Grid, instances, row_threads, rows_by_columns
-from refimpl.engines.numpy_engine import NumpyEngine
+from refimpl.engines.numpy_engine import NumpyEngine, check_band, check_keys_mask
 from refimpl.engines.protocol import Array
 from refimpl.errors import MissingDependencyError, ShapeError, UnsupportedError
 from refimpl.memo.mapping import check_rows
@@ -198,6 +199,10 @@ class CupyEngine(NumpyEngine):
     def concat(self, parts: tuple[Array, ...], axis: int) -> Array:
         return self.xp.concatenate(list(parts), axis=axis)
 
+    def elu_plus_one(self, x: Array) -> Array:
+        zero = x.dtype.type(0)
+        return self.xp.exp(self.xp.minimum(x, zero)) + self.xp.maximum(x, zero)
+
     def append(self, store: Array, new: Array, start: int) -> Array:
         stop = start + new.shape[2]
         if start < 0 or stop > store.shape[2]:
@@ -303,6 +308,35 @@ class CupyEngine(NumpyEngine):
     ) -> Array:  # fmt: skip
         return self._fused(q, k, v, scale, causal, mask, (q_position, p[None]))
 
+    def local_attention(
+        self, q: Array, k: Array, v: Array, window: int, scale: float, causal: bool = False, mask: Array | None = None
+    ) -> Array:
+        check_band("local_attention", q, k, window)
+        return self._fused(q, k, v, scale, causal, mask, window=window)
+
+    def local_relative_attention(
+        self, q: Array, q_position: Array, k: Array, v: Array, p: Array, window: int, scale: float,
+        causal: bool = False, mask: Array | None = None,
+    ) -> Array:  # fmt: skip
+        check_band("local_relative_attention", q, k, window)
+        return self._fused(q, k, v, scale, causal, mask, (q_position, p[None]), window)
+
+    def project_length(self, x: Array, weight: Array, mask: Array | None = None) -> Array:
+        check_keys_mask("project_length", mask, x)
+        x = x if mask is None else self._only_seen(x, mask)
+        out = self.xp.empty((*x.shape[:2], len(weight), x.shape[3]), x.dtype)
+        self._multiply(weight[None, None], x, out)
+        return out
+
+    def linear_attention(self, q: Array, k: Array, v: Array, causal: bool = False, mask: Array | None = None) -> Array:
+        check_keys_mask("linear_attention", mask, k)
+        k = k if mask is None else self._only_seen(k, mask)
+        if causal:
+            check_band("linear_attention", q, k, 0)
+        wide = WIDE[_dtype(q)]  # sums over all keys leave the range of float16
+        out = chunked_linear_attention(self.xp, q.astype(wide), k.astype(wide), v.astype(wide), causal)
+        return out.astype(q.dtype, copy=False)
+
     # --- selection ----------------------------------------------------------------------------------------------
 
     def top(self, z: Array, n: int) -> Array:
@@ -333,9 +367,12 @@ class CupyEngine(NumpyEngine):
 
     def _fused(
         self, q: Array, k: Array, v: Array, scale: float, causal: bool, mask: Array | None,
-        position: tuple[Array, Array] | None = None,
+        position: tuple[Array, Array] | None = None, window: int | None = None,
     ) -> Array:  # fmt: skip
-        """Attention by blocks: scores of a few rows, their softmax, their product with the values."""
+        """Attention by blocks: scores of a few rows, their softmax, their product with the values.
+
+        Within a band, a block of rows meets the keys that any of them sees; those that one row does not see are masked.
+        """
         (batch, heads, q_len, _), (groups, k_len) = q.shape, k.shape[1:3]
         out, stack = self._heads_last(batch, heads, q_len, v)
         mask = None if mask is None else self.xp.broadcast_to(mask, (batch, heads, q_len, k_len))
@@ -343,23 +380,33 @@ class CupyEngine(NumpyEngine):
         row_bytes = map_row_bytes(k_len, q.dtype.name, position is not None)
         for b, g, h in head_blocks(batch, groups, heads // groups, q_len, row_bytes):
             size = rows_that_fit((b.stop - b.start) * (h.stop - h.start), q_len, row_bytes)
+            size = size if window is None else min(size, max(BLOCK_ROWS, window))
             for rows, seen in query_blocks(q_len, k_len, size, causal):
-                s = self._wide_products(q[b, g, :, rows], k[b, g, :, :seen], scale)  # (b, g, G, rows, seen)
+                keys = slice(0, seen) if window is None else band_of(rows, q_len, k_len, window, seen)
+                s = self._wide_products(q[b, g, :, rows], k[b, g, :, keys], scale)  # (b, g, G, rows, keys)
                 if position is not None:
                     q_position, p = (_grouped(x, groups) for x in position)
-                    self._add_position(s, q_position[b, g, :, rows], p[:, g], scale, rows)
+                    self._add_position(s, q_position[b, g, :, rows], p[:, g], scale, rows, keys.start)
                 weights = s if s.dtype == q.dtype else self.xp.empty(s.shape, q.dtype)
-                part = None if mask is None else mask[b, h, rows, :seen]
-                first = rows.start + 1 + k_len - q_len if causal else k_len  # keys that the first row sees
+                part = None if mask is None else mask[b, h, rows, keys]
+                if window is not None:
+                    part = self._near(rows, keys, k_len - q_len, window) & (True if part is None else part)
+                first = rows.start + 1 + k_len - q_len - keys.start if causal else k_len  # keys that the first row sees
                 self._softmax(_as_map(s), _as_map(weights), first, int(causal), part)
-                self._multiply(weights, v[b, g, :, :seen], stack[b, g, :, rows])
+                self._multiply(weights, v[b, g, :, keys], stack[b, g, :, rows])
         return out
 
-    def _add_position(self, s: Array, q: Array, p: Array, scale: float, rows: slice) -> None:
-        """Add ``scale q_i . p[T - 1 - i + j]`` to the scores (b, g, G, rows, seen) of these rows."""
-        length, seen = (p.shape[3] + 1) // 2, s.shape[-1]
-        window = p[:, :, :, length - rows.stop : length - 1 - rows.start + seen]  # (1, g, G, rows + seen - 1, D)
-        shifted = self._wide_products(q, window, scale)  # (b, g, G, rows, rows + seen - 1)
+    def _near(self, rows: slice, keys: slice, shift: int, window: int) -> Array:
+        """True where a key is at most `window` positions from its row: (1, 1, rows, keys)."""
+        positions = self.xp.arange(rows.start + shift, rows.stop + shift)[:, None]
+        return (abs(self.xp.arange(keys.start, keys.stop) - positions) <= window)[None, None]
+
+    def _add_position(self, s: Array, q: Array, p: Array, scale: float, rows: slice, first: int) -> None:
+        """Add ``scale q_i . p[T - 1 - i + j]`` to scores (b, g, G, rows, keys) of these rows and keys from `first`."""
+        length, keys = (p.shape[3] + 1) // 2, s.shape[-1]
+        start = length - rows.stop + first
+        met = p[:, :, :, start : start + rows.stop - rows.start + keys - 1]  # (1, g, G, rows + keys - 1, D)
+        shifted = self._wide_products(q, met, scale)  # (b, g, G, rows, rows + keys - 1)
         self._add_relative(_as_map(s), _as_map(shifted), s)
 
     def _wide_products(self, q: Array, k: Array, scale: float) -> Array:
@@ -623,6 +670,12 @@ def query_blocks(q_len: int, k_len: int, size: int, causal: bool) -> Iterator[tu
     for start in range(first, q_len, max(size, 1)):
         stop = min(start + size, q_len)
         yield slice(start, stop), stop + k_len - q_len if causal else k_len
+
+
+def band_of(rows: slice, q_len: int, k_len: int, window: int, seen: int) -> slice:
+    """Of the first `seen` keys those that any of these rows sees within its band."""
+    shift = k_len - q_len
+    return slice(max(0, rows.start + shift - window), min(seen, rows.stop + shift + window))
 
 
 def map_row_bytes(k_len: int, dtype: str, relative: bool) -> int:

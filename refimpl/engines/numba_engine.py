@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.engines.buffers import Buffers
+from refimpl.engines.chunked import chunked_linear_attention
 from refimpl.engines.numba_kernels import (
     check,
     convolution,
@@ -29,6 +30,7 @@ from refimpl.engines.numba_kernels import (
     threads,
 )
 from refimpl.engines.numba_kernels.attention import fused_attention, fused_relative_attention
+from refimpl.engines.numpy_engine import check_keys_mask
 from refimpl.errors import ShapeError
 from refimpl.memo.mapping import check_rows, gather
 
@@ -215,6 +217,13 @@ class NumbaEngine:
         half = x.shape[-1] // 2
         return self._gate(False, x[..., :half], x[..., half:])
 
+    def elu_plus_one(self, x: Array) -> Array:
+        check.expect("elu_plus_one", "x (..., d)", x.ndim >= 1, x=x)
+        zero = x.dtype.type(0)
+        out = np.minimum(x, zero, out=self._empty(x.shape, x))
+        np.exp(out, out=out)
+        return np.add(out, np.maximum(x, zero), out=out)
+
     def swiglu(self, gate: Array, up: Array) -> Array:
         check.expect("swiglu", "gate and up of one shape", gate.shape == up.shape, gate=gate, up=up)
         return self._gate(True, up, gate)
@@ -383,11 +392,8 @@ class NumbaEngine:
         causal: bool = False,
         mask: Array | None = None,
     ) -> Array:
-        check.heads("attention", q, k, v)
-        check.mask("attention", mask, q, k)
         scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
-        k, v = layout.batched(k, q), layout.batched(v, q)
-        return fused_attention(q, k, v, scale, causal, mask, self._heads(q, v.shape[3]))
+        return self._attention("attention", q, k, v, scale, causal, mask)
 
     def relative_attention(
         self,
@@ -400,15 +406,54 @@ class NumbaEngine:
         causal: bool = False,
         mask: Array | None = None,
     ) -> Array:
-        check.heads("relative_attention", q, k, v)
-        check.mask("relative_attention", mask, q, k)
-        fits = q_position.shape == q.shape and k.shape[2] == q.shape[2]
-        fits = fits and p.shape == (q.shape[1], max(2 * q.shape[2] - 1, 0), q.shape[3])
-        expected = "q and q_position (B, H, T, D), k (B or 1, Hkv, T, D), p (H, 2T - 1, D)"
-        check.expect("relative_attention", expected, fits, q=q, q_position=q_position, k=k, p=p)
+        return self._relative_attention("relative_attention", q, q_position, k, v, p, scale, causal, mask)
+
+    def local_attention(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        window: int,
+        scale: float,
+        causal: bool = False,
+        mask: Array | None = None,
+    ) -> Array:
+        check.band("local_attention", q, k, window)
+        return self._attention("local_attention", q, k, v, scale, causal, mask, window)
+
+    def local_relative_attention(
+        self,
+        q: Array,
+        q_position: Array,
+        k: Array,
+        v: Array,
+        p: Array,
+        window: int,
+        scale: float,
+        causal: bool = False,
+        mask: Array | None = None,
+    ) -> Array:
+        check.band("local_relative_attention", q, k, window)
+        return self._relative_attention("local_relative_attention", q, q_position, k, v, p, scale, causal, mask, window)
+
+    def project_length(self, x: Array, weight: Array, mask: Array | None = None) -> Array:
+        fits = x.ndim == 4 and weight.ndim == 2 and weight.shape[1] == x.shape[2]
+        check.expect("project_length", "x (B, H, T, D), weight (k, T)", fits, x=x, weight=weight)
+        check_keys_mask("project_length", mask, x)
+        if mask is not None:
+            x = np.where(mask.swapaxes(2, 3), x, x.dtype.type(0))
+        out = self._empty((*x.shape[:2], len(weight), x.shape[3]), x)
+        return np.matmul(weight, x, out=out)
+
+    def linear_attention(self, q: Array, k: Array, v: Array, causal: bool = False, mask: Array | None = None) -> Array:
+        check.heads("linear_attention", q, k, v)
+        check_keys_mask("linear_attention", mask, k)
+        if causal:
+            check.band("linear_attention", q, k, 0)
         k, v = layout.batched(k, q), layout.batched(v, q)
-        out = self._heads(q, v.shape[3])
-        return fused_relative_attention(q, q_position, k, v, p, scale, causal, mask, out)
+        if mask is not None:
+            k = np.where(mask.swapaxes(2, 3), k, k.dtype.type(0))
+        return chunked_linear_attention(np, q, k, v, causal, self._heads(q, v.shape[3]))
 
     def quantize(self, x: Array) -> tuple[Array, Array]:
         check.expect("quantize", "x (B, H, T, D)", x.ndim == 4, x=x)
@@ -542,6 +587,29 @@ class NumbaEngine:
         """An array (B, H, Tq, width) that lies in memory as (B, Tq, H, width): merging its heads is free."""
         batch, heads, length, _ = q.shape
         return self._empty((batch, length, heads, width), q).transpose(0, 2, 1, 3)
+
+    def _attention(
+        self, op: str, q: Array, k: Array, v: Array, scale: float, causal: bool, mask: Array | None,
+        window: int | None = None,
+    ) -> Array:  # fmt: skip
+        check.heads(op, q, k, v)
+        check.mask(op, mask, q, k)
+        k, v = layout.batched(k, q), layout.batched(v, q)
+        return fused_attention(q, k, v, scale, causal, mask, self._heads(q, v.shape[3]), window)
+
+    def _relative_attention(
+        self, op: str, q: Array, q_position: Array, k: Array, v: Array, p: Array, scale: float, causal: bool,
+        mask: Array | None, window: int | None = None,
+    ) -> Array:  # fmt: skip
+        check.heads(op, q, k, v)
+        check.mask(op, mask, q, k)
+        fits = q_position.shape == q.shape and k.shape[2] == q.shape[2]
+        fits = fits and p.shape == (q.shape[1], max(2 * q.shape[2] - 1, 0), q.shape[3])
+        expected = "q and q_position (B, H, T, D), k (B or 1, Hkv, T, D), p (H, 2T - 1, D)"
+        check.expect(op, expected, fits, q=q, q_position=q_position, k=k, p=p)
+        k, v = layout.batched(k, q), layout.batched(v, q)
+        out = self._heads(q, v.shape[3])
+        return fused_relative_attention(q, q_position, k, v, p, scale, causal, mask, out, window)
 
     def _few_scores(self, q: Array, k: Array, scale: float, s: Array) -> None:
         """Set the scores of few queries: keys pass once."""

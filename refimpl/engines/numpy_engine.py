@@ -3,14 +3,15 @@ all run it. Float64 through this engine is the truth that every other engine is 
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
-from refimpl.engines.protocol import Array
+from refimpl.engines.protocol import Array, visible_band
 from refimpl.errors import ShapeError
 from refimpl.memo.mapping import check_rows, gather
 
@@ -130,6 +131,10 @@ class NumpyEngine:
     def relu(self, x: Array) -> Array:
         return self.xp.maximum(x, self.xp.zeros_like(x[..., :1]))
 
+    def elu_plus_one(self, x: Array) -> Array:
+        zero = self.xp.zeros_like(x[..., :1])
+        return self.xp.exp(self.xp.minimum(x, zero)) + self.xp.maximum(x, zero)
+
     def glu(self, x: Array) -> Array:
         half = x.shape[-1] // 2
         with np.errstate(over="ignore"):
@@ -241,30 +246,82 @@ class NumpyEngine:
         mask: Array | None = None,
     ) -> Array:  # fmt: skip
         scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
-        out = self.xp.zeros((*q.shape[:3], v.shape[3]), dtype=q.dtype)
-        for rows, seen in _query_blocks(q.shape[2], k.shape[2], causal):
-            s = self._products(q[:, :, rows, :] * scale, k[:, :, :seen, :])  # (B, H, block, seen)
-            if mask is not None:
-                s = self._hide(s, _mask_part(mask, rows, seen))
-            e, total = self._exponentials(s)
-            out[:, :, rows, :] = self._mix(e, v[:, :, :seen, :]) / total
-        return out
+        blocks = ((rows, slice(0, seen)) for rows, seen in _query_blocks(q.shape[2], k.shape[2], causal))
+        return self._attend(q, k, v, scale, mask, blocks)
 
     def relative_attention(
         self, q: Array, q_position: Array, k: Array, v: Array, p: Array, scale: float,
         causal: bool = False, mask: Array | None = None,
     ) -> Array:  # fmt: skip
         length = q.shape[2]
+        rows = ((slice(i, i + 1), slice(0, i + 1 if causal else length)) for i in range(length))
+        return self._attend(q, k, v, scale, mask, rows, (q_position, p))
+
+    def local_attention(
+        self, q: Array, k: Array, v: Array, window: int, scale: float, causal: bool = False, mask: Array | None = None
+    ) -> Array:
+        check_band("local_attention", q, k, window)
+        return self._attend(q, k, v, scale, mask, _band_blocks(q.shape[2], k.shape[2], causal, window))
+
+    def local_relative_attention(
+        self, q: Array, q_position: Array, k: Array, v: Array, p: Array, window: int, scale: float,
+        causal: bool = False, mask: Array | None = None,
+    ) -> Array:  # fmt: skip
+        check_band("local_relative_attention", q, k, window)
+        rows = _band_blocks(q.shape[2], k.shape[2], causal, window, 1)
+        return self._attend(q, k, v, scale, mask, rows, (q_position, p))
+
+    def project_length(self, x: Array, weight: Array, mask: Array | None = None) -> Array:
+        check_keys_mask("project_length", mask, x)
+        return weight @ (x if mask is None else self._only_seen(x, mask))  # (B, H, k, D)
+
+    def linear_attention(self, q: Array, k: Array, v: Array, causal: bool = False, mask: Array | None = None) -> Array:
+        check_keys_mask("linear_attention", mask, k)
+        k = k if mask is None else self._only_seen(k, mask)
+        if not causal:
+            state = self.xp.matrix_transpose(k) @ v  # (B, Hkv, D, D)
+            total = self.xp.sum(k, axis=2)[..., None]  # (B, Hkv, D, 1)
+            return self._over(self._mix(q, state), self._mix(q, total))
+        check_band("linear_attention", q, k, 0)
+        out, first = self.xp.zeros((*q.shape[:3], v.shape[3]), dtype=q.dtype), k.shape[2] - q.shape[2]
+        state = self.xp.zeros((*k.shape[:2], k.shape[3], v.shape[3]), dtype=q.dtype)  # of the keys so far
+        total = self.xp.zeros((*k.shape[:2], k.shape[3], 1), dtype=q.dtype)
+        for j in range(k.shape[2]):
+            key = self.xp.matrix_transpose(k[:, :, j : j + 1, :])  # (B, Hkv, D, 1)
+            state = state + key @ v[:, :, j : j + 1, :]
+            total = total + key
+            if j >= first:
+                query = q[:, :, j - first : j - first + 1, :]
+                out[:, :, j - first : j - first + 1, :] = self._over(self._mix(query, state), self._mix(query, total))
+        return out
+
+    def _only_seen(self, x: Array, mask: Array) -> Array:
+        """Zeros for the rows of x (B, H, T, D) that a mask (B or 1, 1, 1, T) hides."""
+        return self.xp.where(self.xp.matrix_transpose(mask), x, self.xp.zeros((1, 1, 1, 1), dtype=x.dtype))
+
+    def _over(self, x: Array, divisor: Array) -> Array:
+        return x / self.xp.where(divisor == 0.0, self.xp.ones_like(divisor), divisor)
+
+    def _attend(
+        self, q: Array, k: Array, v: Array, scale: float, mask: Array | None, blocks: Iterable[tuple[slice, slice]],
+        position: tuple[Array, Array] | None = None,
+    ) -> Array:  # fmt: skip
+        """Softmax of scores, times values, for blocks of queries and the keys that they see; zeros for all others.
+
+        With `position`, queries and offsets (H, 2T - 1, D), blocks are single queries.
+        """
         out = self.xp.zeros((*q.shape[:3], v.shape[3]), dtype=q.dtype)
-        for i in range(length):
-            row, seen = slice(i, i + 1), i + 1 if causal else length
-            window = p[None, :, length - 1 - i : length - 1 - i + seen, :]  # (1, H, seen, D)
-            s = self._products(q[:, :, row, :] * scale, k[:, :, :seen, :])
-            s = s + self._products(q_position[:, :, row, :] * scale, window)
+        for rows, keys in blocks:
+            s = self._products(q[:, :, rows, :] * scale, k[:, :, keys, :])  # (B, H, block, seen)
+            if position is not None:
+                q_position, p = position
+                zero = q.shape[2] - 1 - rows.start  # where the offset of key 0 stands
+                offsets = p[None, :, zero + keys.start : zero + keys.stop, :]  # (1, H, seen, D)
+                s = s + self._products(q_position[:, :, rows, :] * scale, offsets)
             if mask is not None:
-                s = self._hide(s, _mask_part(mask, row, seen))
+                s = self._hide(s, _mask_of(mask, rows, keys))
             e, total = self._exponentials(s)
-            out[:, :, row, :] = self._mix(e, v[:, :, :seen, :]) / total
+            out[:, :, rows, :] = self._mix(e, v[:, :, keys, :]) / total
         return out
 
     def quantize(self, x: Array) -> tuple[Array, Array]:
@@ -390,8 +447,39 @@ def _query_blocks(q_len: int, k_len: int, causal: bool) -> Iterator[tuple[slice,
             yield slice(start, min(start + QUERY_BLOCK, q_len)), k_len
 
 
+def _band_blocks(
+    q_len: int, k_len: int, causal: bool, window: int, most: int = QUERY_BLOCK
+) -> Iterator[tuple[slice, slice]]:
+    """Blocks of at most so many query rows that see the same keys of their band, with these keys."""
+    start = 0
+    for (first, stop), alike in itertools.groupby(visible_band(q_len, k_len, causal, window)):
+        end = start + len(list(alike))
+        for row in range(start, end, most):
+            yield slice(row, min(row + most, end)), slice(first, stop)
+        start = end
+
+
+def check_band(op: str, q: Array, k: Array, window: int) -> None:
+    """Raise ShapeError where there is no band: more queries than keys, or a window below 0."""
+    if q.shape[2] > k.shape[2] or window < 0:
+        raise ShapeError(
+            f"{op}: {q.shape[2]} queries, {k.shape[2]} keys, window {window}; it takes Tq <= Tk, window >= 0"
+        )
+
+
+def check_keys_mask(op: str, mask: Array | None, k: Array) -> None:
+    """Raise ShapeError unless a mask is absent, or the same for all heads and queries."""
+    if mask is not None and (mask.shape[0] not in (1, k.shape[0]) or tuple(mask.shape[1:]) != (1, 1, k.shape[2])):
+        raise ShapeError(f"{op}: expected a mask ({k.shape[0]} or 1, 1, 1, {k.shape[2]}) of keys; got {mask.shape}")
+
+
 def _mask_part(mask: Array, rows: slice, seen: int) -> Array:
     """The part of a broadcastable mask that concerns these rows and the first `seen` keys."""
+    return _mask_of(mask, rows, slice(0, seen))
+
+
+def _mask_of(mask: Array, rows: slice, keys: slice) -> Array:
+    """The part of a broadcastable mask that concerns these rows and keys."""
     if mask.shape[2] > 1:
         mask = mask[:, :, rows, :]
-    return mask[:, :, :, :seen] if mask.shape[3] > 1 else mask
+    return mask[:, :, :, keys] if mask.shape[3] > 1 else mask

@@ -101,6 +101,9 @@ class Engine(Protocol):
     def glu(self, x: Array) -> Array:
         """``a / (1 + exp(-b))`` with a and b the two halves of the last axis: (..., 2 d) -> (..., d)."""
 
+    def elu_plus_one(self, x: Array) -> Array:
+        """``x + 1`` where x > 0, else ``exp(x)``: a positive feature map (arXiv 2006.16236, eq. 7)."""
+
     def swiglu(self, gate: Array, up: Array) -> Array:
         """``silu(gate) * up`` (arXiv 2002.05202)."""
 
@@ -178,6 +181,42 @@ class Engine(Protocol):
         mask: Array | None = None,
     ) -> Array:
         """`attention` whose logit (i, j) has ``scale q_position[i] . p[T - 1 - i + j]`` added; p (H, 2T - 1, D)."""
+
+    def local_attention(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        window: int,
+        scale: float,
+        causal: bool = False,
+        mask: Array | None = None,
+    ) -> Array:
+        """`attention` in which query i, at position ``p = i + (Tk - Tq)``, sees keys ``p - window <= j <= p + window``
+        alone; Tq <= Tk. Nothing outside this band is computed."""
+
+    def local_relative_attention(
+        self,
+        q: Array,
+        q_position: Array,
+        k: Array,
+        v: Array,
+        p: Array,
+        window: int,
+        scale: float,
+        causal: bool = False,
+        mask: Array | None = None,
+    ) -> Array:
+        """`relative_attention` within the band of `local_attention`."""
+
+    def project_length(self, x: Array, weight: Array, mask: Array | None = None) -> Array:
+        """``E x`` of each head, hidden rows of x taken as zeros: x (B, H, T, D), weight (k, T), mask (B or 1, 1, 1, T)
+        -> (B, H, k, D)."""
+
+    def linear_attention(self, q: Array, k: Array, v: Array, causal: bool = False, mask: Array | None = None) -> Array:
+        """``q_i (sum_j k_j v_jᵀ) / (q_i . sum_j k_j)`` over the keys j that query i sees, of features q and k that are
+        not negative (arXiv 2006.16236, eqs. 5 and 9 to 12); D numbers wide, like v. A mask hides keys from all queries:
+        (B or 1, 1, 1, Tk). Causal: Tq <= Tk. A row whose divisor is 0 gives zeros."""
 
     def quantize(self, x: Array) -> tuple[Array, Array]:
         """``round(x / sigma)`` as int8 from -127 to 127 with ``sigma = max |x| / 127`` of each head: x (B, H, T, D) ->
@@ -373,6 +412,56 @@ def _relative_attention(
     }  # fmt: skip
 
 
+def visible_band(q_len: int, k_len: int, causal: bool, window: int) -> list[tuple[int, int]]:
+    """Of each query the first key within its band and the one behind the last."""
+    positions = range(k_len - q_len, k_len)
+    return [(max(0, p - window), p + 1 if causal else min(k_len, p + window + 1)) for p in positions]
+
+
+def band_keys(q_len: int, k_len: int, window: int) -> int:
+    """The last keys, which are all that any query sees within its band."""
+    return min(k_len, q_len + window)
+
+
+def _band_mask(mask: Array | None, q_len: int, k_len: int, causal: bool, window: int) -> int:
+    """Elements of a mask that are read: those of the pairs in the band."""
+    if mask is None:
+        return 0
+    maps, by_row, by_key = mask.shape[0] * mask.shape[1], mask.shape[2] > 1, mask.shape[3] > 1
+    if by_row and by_key:
+        return int(maps * sum(stop - first for first, stop in visible_band(q_len, k_len, causal, window)))
+    return int(maps * (band_keys(q_len, k_len, window) if by_key else q_len if by_row else 1))
+
+
+def _local_attention(
+    q: Array, k: Array, v: Array, window: int, scale: float, causal: bool = False, mask: Array | None = None
+) -> Sizes:
+    sizes = _scores(q, k, scale, causal)
+    read = _band_mask(mask, q.shape[2], k.shape[2], causal, window)
+    return {**sizes, "mask": read, "window": window}
+
+
+def _local_relative_attention(
+    q: Array, q_position: Array, k: Array, v: Array, p: Array, window: int, scale: float,
+    causal: bool = False, mask: Array | None = None,
+) -> Sizes:  # fmt: skip
+    sizes = _relative_attention(q, q_position, k, v, p, scale, causal)
+    read = _band_mask(mask, q.shape[2], q.shape[2], causal, window)
+    return {**sizes, "mask": read, "window": window}
+
+
+def _project_length(x: Array, weight: Array, mask: Array | None = None) -> Sizes:
+    length, positions = weight.shape
+    return {
+        "maps": _maps(x), "q_len": length, "k_len": positions, "head_dim": x.shape[3],
+        "mask": 0 if mask is None else int(mask.size),
+    }  # fmt: skip
+
+
+def _linear_attention(q: Array, k: Array, v: Array, causal: bool = False, mask: Array | None = None) -> Sizes:
+    return {**_scores(q, k, 1.0, causal), "mask": 0 if mask is None else int(mask.size)}
+
+
 def _top(z: Array, n: int) -> Sizes:
     return {"rows": z.size // z.shape[-1], "width": z.shape[-1], "n": n}
 
@@ -416,6 +505,7 @@ SIZES: dict[str, Callable[..., Sizes]] = {
     "silu": _elements,
     "relu": _elements,
     "glu": _glu,
+    "elu_plus_one": _elements,
     "swiglu": _elements,
     "rotary": _rotary,
     "concat": _concat,
@@ -432,6 +522,10 @@ SIZES: dict[str, Callable[..., Sizes]] = {
     "weighted_sum": _weighted_sum,
     "attention": _attention,
     "relative_attention": _relative_attention,
+    "local_attention": _local_attention,
+    "local_relative_attention": _local_relative_attention,
+    "project_length": _project_length,
+    "linear_attention": _linear_attention,
     "top": _top,
     "refine": _refine,
     "quantize": _quantize,

@@ -71,6 +71,8 @@ class AttMemo(Dense):
             return replace(parameters, database=memo)
         if subject.inputs is None:
             return parameters
+        if config.positions(int(subject.inputs.shape[1])) < 2:
+            raise ConfigError("attmemo pools positions in pairs: give sequences of at least 2, or tau=1.1")
         subject.progress(
             f"attmemo: building a database of the {len(subject.inputs)} sequences that it will run on", 0.0
         )

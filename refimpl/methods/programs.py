@@ -21,6 +21,11 @@ PROGRAMS: Registry[type[Dense]] = Registry(
         "kvsharer": "refimpl.methods.kvsharer:KVSharer",
         "headshare": "refimpl.methods.headshare:HeadShare",
         "efficientasr": "refimpl.methods.efficientasr:EfficientASR",
+        "fewer-heads": "refimpl.methods.fewer_heads:FewerHeads",
+        "narrow": "refimpl.methods.narrow:Narrow",
+        "local": "refimpl.methods.local:Local",
+        "linformer": "refimpl.methods.linformer:Linformer",
+        "linear": "refimpl.methods.linear:Linear",
     },
     composed="refimpl.methods.composite:Composite",
 )

@@ -19,6 +19,11 @@ PARAMETERS: Registry[type[Any]] = Registry(
         "kvsharer": "refimpl.parameters.kvsharer:KVSharerParameters",
         "headshare": "refimpl.parameters.headshare:HeadShareParameters",
         "efficientasr": "refimpl.parameters.efficientasr:EfficientASRParameters",
+        "fewer-heads": "refimpl.parameters.fewer_heads:FewerHeadsParameters",
+        "narrow": "refimpl.parameters.narrow:NarrowParameters",
+        "local": "refimpl.parameters.local:LocalParameters",
+        "linformer": "refimpl.parameters.linformer:LinformerParameters",
+        "linear": "refimpl.parameters.linear:LinearParameters",
     },
     composed="refimpl.parameters.composition:Composition",
 )

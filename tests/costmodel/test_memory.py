@@ -47,6 +47,11 @@ PARAMETERS: dict[str, list[dict[str, Any]]] = {
         {"group": 4, "band": 40, "band_penalty": 2.0},
         {"group": 1, "score_residual": 0, "fused": True},
     ],
+    "fewer-heads": [{}],
+    "narrow": [{"width": 20, "fused": True}],
+    "local": [{}],
+    "linformer": [{"length": 40}],
+    "linear": [{}],
 }
 
 

@@ -93,6 +93,7 @@ class Sizes(NamedTuple):
     causal: int
     masked: int
     relative: int
+    window: int  # a query sees keys at most so many positions away; Tq + Tk for no such limit
 
 
 class Scratch(NamedTuple):
@@ -220,6 +221,19 @@ def _hide_future(scores: Pointer, first_query: int, first_key: int, keys: int, s
 
 
 @_part
+def _hide_far(scores: Pointer, first_query: int, first_key: int, keys: int, sizes: Sizes) -> None:
+    """Hide from query i, at p = i + Tk - Tq, every key j < p - window and every j > p + window."""
+    lanes, first_position = sizes.lanes, first_query + sizes.Tk - sizes.Tq
+    for j in range(keys):
+        row, from_first = offset(scores, j * lanes), first_key + j - first_position
+        before, behind = from_first - sizes.window, from_first + sizes.window + 1
+        if before > 0:  # these queries lie too far before the key
+            _fill(row, min(before, lanes), -np.inf)
+        if behind < lanes:
+            _fill(offset(row, max(behind, 0)), lanes - max(behind, 0), -np.inf)
+
+
+@_part
 def _hide_masked(scores: Pointer, b: int, h: int, first_query: int, first_key: int, keys: int, call: Call) -> None:
     """Hide the keys where the mask is False. A mask that is the same for all queries is read once per key."""
     mask, sizes = call.mask, call.sizes
@@ -281,24 +295,29 @@ def _add_values(outputs: Pointer, state: Pointer, values: Pointer, keys: int, we
 
 @_part
 def _attend_keys(
-    n: int, b: int, h: int, first_query: int, first_key: int, keys: int, call: Call, space: Pointer
+    n: int, b: int, h: int, first_query: int, first_key: int, skipped: int, keys: int, call: Call, space: Pointer
 ) -> None:
-    """Let panel n of a work item see the first `keys` keys and values in scratch memory."""
+    """Let panel n of a work item see `keys` keys and values in scratch memory, of which the first is `first_key`.
+
+    Those before it are skipped.
+    """
     sizes, place = call.sizes, call.place
     scores, packed = offset(space, place.scores), n * sizes.D * sizes.lanes
     state = offset(space, place.state + n * 3 * sizes.lanes)
     panel = offset(space, place.queries + packed)
-    _score_rows(scores, offset(space, place.keys), _round_up(keys, _ROWS), panel, sizes)
+    _score_rows(scores, offset(space, place.keys + skipped * sizes.D), _round_up(keys, _ROWS), panel, sizes)
     if sizes.relative:
         panel = offset(space, place.position_queries + packed)
         _add_position_scores(scores, panel, h, first_query, first_key, keys, call, space)
     if sizes.causal:
         _hide_future(scores, first_query, first_key, keys, sizes)
+    if sizes.window < sizes.Tk:
+        _hide_far(scores, first_query, first_key, keys, sizes)
     if sizes.masked:
         _hide_masked(scores, b, h, first_query, first_key, keys, call)
     online_softmax(scores, keys, call.log2_scale, state)
     outputs = offset(space, place.outputs + n * sizes.Dv_padded * sizes.lanes)
-    _add_values(outputs, state, offset(space, place.values), keys, scores, sizes)
+    _add_values(outputs, state, offset(space, place.values + skipped * sizes.Dv_padded), keys, scores, sizes)
 
 
 @_part
@@ -328,8 +347,16 @@ def _finish_panel(n: int, b: int, h: int, first: int, call: Call, space: Pointer
 
 @_part
 def _keys_seen(end: int, sizes: Sizes) -> int:
-    """Count the keys that the queries before query `end` see."""
-    return max(0, min(sizes.Tk, end + sizes.Tk - sizes.Tq)) if sizes.causal else sizes.Tk
+    """Count the keys up to the last one that the queries before query `end` see."""
+    ahead = 0 if sizes.causal else sizes.window
+    return max(0, min(sizes.Tk, end + sizes.Tk - sizes.Tq + ahead))
+
+
+@_part
+def _keys_before(first: int, sizes: Sizes) -> int:
+    """Count the keys before the first one that query `first` and those behind it see; whole register tiles."""
+    before = max(0, first + sizes.Tk - sizes.Tq - sizes.window)
+    return before // _ROWS * _ROWS
 
 
 @_part
@@ -347,14 +374,15 @@ def _attend_item(item: int, call: Call, space: Pointer) -> None:
         _start_panel(n, b, h, first, call, space)
     k, v = _row(call.sign, call.k, b, h // sizes.G, 0), _row(call.sign, call.v, b, h // sizes.G, 0)
     Tk = _keys_seen(end, sizes)
-    for j in range(0, Tk, _KEY_BLOCK):
+    for j in range(_keys_before(start, sizes), Tk, _KEY_BLOCK):
         keys = min(_KEY_BLOCK, Tk - j)
         _copy_rows(offset(space, place.keys), sizes.D, _round_up(keys, _ROWS), k, call.k.row, j, Tk, sizes.D)
         _copy_rows(offset(space, place.values), sizes.Dv_padded, keys, v, call.v.row, j, Tk, sizes.Dv)
         for n, first in enumerate(range(start, end, sizes.lanes)):
             seen = min(keys, _keys_seen(min(first + sizes.lanes, end), sizes) - j)
-            if seen > 0:
-                _attend_keys(n, b, h, first, j, seen, call, space)
+            skipped = max(0, _keys_before(first, sizes) - j)
+            if seen > skipped:
+                _attend_keys(n, b, h, first, j + skipped, skipped, seen - skipped, call, space)
     for n, first in enumerate(range(start, end, sizes.lanes)):
         _finish_panel(n, b, h, first, call, space)
 
@@ -405,7 +433,7 @@ def _compiled(number: np.dtype[Any]) -> Kernel:
     return Kernel(code, code.address, call)
 
 
-def _plan(q: Array, v: Array, threads: int, causal: bool, masked: bool, relative: bool) -> Sizes:
+def _plan(q: Array, v: Array, threads: int, causal: bool, masked: bool, relative: bool, window: int | None) -> Sizes:
     """Cut the queries of a head into work items: long ones to reuse keys, but several for each thread."""
     (B, Hq, Tq, D), (_, Hkv, Tk, Dv) = q.shape, v.shape
     lanes = panel_lanes(q.itemsize)
@@ -428,6 +456,7 @@ def _plan(q: Array, v: Array, threads: int, causal: bool, masked: bool, relative
         causal=causal,
         masked=masked,
         relative=relative,
+        window=Tq + Tk if window is None else min(window, Tq + Tk),
     )
 
 
@@ -470,14 +499,16 @@ def _attend(
     out: Array,
     q_position: Array | None = None,
     p: Array | None = None,
+    window: int | None = None,
 ) -> None:
     """Describe a call and run the kernel on it; `q_position` and `p` are given together or not at all."""
     B, Hq, Tq, _ = q.shape
     if out.size == 0:
         return
-    work = 2 * out.size // v.shape[3] * k.shape[2] * (k.shape[3] + v.shape[3])
+    seen = k.shape[2] if window is None else min(k.shape[2], 2 * window + 1)
+    work = 2 * out.size // v.shape[3] * seen * (k.shape[3] + v.shape[3])
     threads = numba.get_num_threads() if work > _SMALL_CALL_FLOPS else 1
-    sizes = _plan(q, v, threads, causal, mask is not None, p is not None)
+    sizes = _plan(q, v, threads, causal, mask is not None, p is not None, window)
     place = _layout(sizes)
     scratch = np.empty(threads * place.end + _CACHE_LINE, q.dtype)
     next_item = np.zeros(1, np.int64)
@@ -537,6 +568,7 @@ def fused_attention(
     causal: bool = False,
     mask: Array | None = None,
     out: Array | None = None,
+    window: int | None = None,
 ) -> Array:
     """Attend exactly, ``softmax(scale * q k^T) v``, without ever holding the map.
 
@@ -557,6 +589,9 @@ def fused_attention(
     out : array, shape (B, Hq, Tq, Dv), dtype of `q`, optional
         Where to write the result; its last axis is contiguous. By default a view of a new (B, Tq, Hq, Dv)
         array.
+    window : int, optional
+        Query ``i`` sees keys at most so many positions from ``i + (Tk - Tq)``; Tq <= Tk. Blocks of keys that no
+        query of a panel sees cost nothing.
 
     Returns
     -------
@@ -577,11 +612,23 @@ def fused_attention(
     (1, 2, 3, 4)
     """
     out = _new_output(q, v) if out is None else out
-    if layout.few_queries(q, k):
-        _attend_few_queries(q, k, v, scale, causal, mask, out)
-    else:
-        _attend(q, k, v, scale, causal, mask, out)
+    if window is not None:
+        first = max(0, k.shape[2] - q.shape[2] - window)  # no query sees a key before it
+        k, v = k[:, :, first:], v[:, :, first:]
+        mask = mask if mask is None or mask.shape[3] == 1 else mask[..., first:]
+    if not layout.few_queries(q, k):
+        _attend(q, k, v, scale, causal, mask, out, window=window)
+        return out
+    if window is not None and q.shape[2] > 1:
+        mask = _band(q.shape[2], k.shape[2], window) & (True if mask is None else mask)
+    _attend_few_queries(q, k, v, scale, causal, mask, out)
     return out
+
+
+def _band(q_len: int, k_len: int, window: int) -> Array:
+    """True where a key is at most `window` positions away: (1, 1, Tq, Tk)."""
+    away = np.arange(k_len) - np.arange(k_len - q_len, k_len)[:, None]  # (Tq, Tk)
+    return (np.abs(away) <= window)[None, None]
 
 
 def fused_relative_attention(
@@ -594,6 +641,7 @@ def fused_relative_attention(
     causal: bool = False,
     mask: Array | None = None,
     out: Array | None = None,
+    window: int | None = None,
 ) -> Array:
     """Attend exactly with relative positions, as Transformer-XL and Conformer do, without ever holding a map.
 
@@ -611,7 +659,7 @@ def fused_relative_attention(
         Values.
     p : array, shape (H, 2 * T - 1, D), dtype of `q_content`
         Projected positions, from distance ``T - 1`` (key first) to ``1 - T``; shared by the batch.
-    scale, causal, mask, out
+    scale, causal, mask, out, window
         As for `fused_attention`.
 
     Returns
@@ -636,5 +684,5 @@ def fused_relative_attention(
     (1, 2, 3, 4)
     """
     out = _new_output(q_content, v) if out is None else out
-    _attend(q_content, k, v, scale, causal, mask, out, q_position, p)
+    _attend(q_content, k, v, scale, causal, mask, out, q_position, p, window)
     return out

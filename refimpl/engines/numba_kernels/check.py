@@ -87,6 +87,13 @@ def mask(op: str, given: Array | None, q: Array, k: Array) -> None:
         raise ShapeError(message)
 
 
+def band(op: str, q: Array, k: Array, window: int) -> None:
+    """Raise unless queries have positions among the keys, and a band around them."""
+    if q.ndim == k.ndim == 4 and (q.shape[2] > k.shape[2] or window < 0):
+        message = f"{op}: expected Tq <= Tk and a window of at least 0; got q {q.shape}, k {k.shape}, window {window}"
+        raise ShapeError(message)
+
+
 def codes(op: str, given: Array, scale: Array, x: Array) -> None:
     """Raise unless codes and scales are those of heads x."""
     expected = "scales of the dtype of the heads, (B, H, 1, 1)"
