@@ -91,7 +91,7 @@ def predict(estimate: Estimate, hardware: Hardware) -> Prediction:
 
 # Ops that do what another one does: they copy sequences of a batch, compare features, or multiply matrices of heads.
 SAME_KERNEL = {"take_rows": "fetch", "scatter": "fetch", "search_graph": "nearest", "project_length": "weighted_sum"}
-# Ops that run the loops of another one: within a band, the same tiles with other bounds; or all loops but the one over values.
+# Ops that run the loops of another one: within a band, its tiles with other bounds; or all but the last, over values.
 SAME_LOOPS = {
     "local_attention": "attention",
     "local_relative_attention": "relative_attention",

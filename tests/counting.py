@@ -291,12 +291,15 @@ def _arrays(args: Any) -> list[np.ndarray]:
 
 def as_kept(estimate: Estimate, calls: list[Call]) -> Estimate:
     """The estimate of one step, told as fractions how many pairs each layer kept, where that depends on the data."""
-    filtering = [dict(call.sizes) for call in calls if call.op == "filtered_attention"]
+    filtering = [dict(call.sizes) for call in calls if "kept" in dict(call.sizes)]
     if not filtering:
         return estimate
-    parts = []
-    for sizes in filtering:
+    members = dict(getattr(estimate.parameters, "members", [("latte", estimate.parameters)]))
+    leaders = members["reuse"].leaders(estimate.config.layers) if "reuse" in members else range(estimate.config.layers)
+    parts = [[Fraction(1)] * estimate.config.heads for _ in leaders]
+    for layer, sizes in zip(sorted(set(leaders)), filtering, strict=True):
         pairs = sizes["maps"] * visible_pairs(sizes["q_len"], sizes["k_len"], sizes["causal"])
-        parts.append([Fraction(sizes["kept"], pairs)] * sizes["heads"])
-    params = {"kept": parts, "stage2": estimate.parameters.stage2}
+        parts[layer] = [Fraction(sizes["kept"], pairs)] * sizes["heads"]
+    members["latte"] = {"kept": parts, "stage2": members["latte"].stage2}
+    params = members if len(members) > 1 else members["latte"]
     return costmodel.estimate(estimate.method, estimate.config, estimate.workload, params)

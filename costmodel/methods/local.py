@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from costmodel.methods import steps
 from costmodel.methods.flash import Flash, fused_context
 from costmodel.methods.steps import Setting
 from costmodel.ops import Op
@@ -19,11 +18,10 @@ class Local(Flash):
 
     parameters: LocalParameters
 
-    def compute_layer(self) -> list[Op]:
+    def context(self, index: int) -> list[Op]:
         if self.parameters.window is None:
-            return super().compute_layer()
-        s = self.setting
-        return [*steps.project_heads(s), *local_context(s, self.parameters.window), steps.project_output(s)]
+            return super().context(index)
+        return local_context(self.setting, self.parameters.window)
 
 
 def local_context(s: Setting, window: int) -> list[Op]:

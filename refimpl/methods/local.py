@@ -11,7 +11,7 @@ from __future__ import annotations
 from refimpl.components import ATTENTION
 from refimpl.engines.protocol import Array
 from refimpl.methods.flash import Flash
-from refimpl.methods.steps import Layer, Queries, position_keys, project_heads, project_output
+from refimpl.methods.steps import Layer, Queries, position_keys
 from refimpl.parameters.local import LocalParameters
 from refimpl.recorder import At
 
@@ -21,11 +21,10 @@ class Local(Flash):
 
     parameters: LocalParameters
 
-    def attention(self, at: At, x: Array, layer: Layer) -> Array:
+    def context(self, at: At, q: Queries, k: Array, v: Array, layer: Layer) -> Array:
         if self.parameters.window is None:
-            return super().attention(at, x, layer)
-        q, k, v = project_heads(at, x, layer)
-        return project_output(at, local_context(at, q, k, v, self.parameters.window, layer), layer)
+            return super().context(at, q, k, v, layer)
+        return local_context(at, q, k, v, self.parameters.window, layer)
 
 
 def local_context(at: At, q: Queries, k: Array, v: Array, window: int, layer: Layer) -> Array:

@@ -24,4 +24,5 @@ REPLACES: dict[str, tuple[str, ...]] = {
     "kvsharer": ("weights", "keys"),
     "headshare": ("weights",),
     "efficientasr": (*ATTENTION, "feed-forward"),
+    "local": ("map", "context"),
 }

@@ -148,22 +148,6 @@ def test_recorded_ops_of_combined_methods_with_a_cache_equal_closed_form(data: s
     assert cache.bytes == estimate.cache_bytes
 
 
-def as_kept(estimate: Estimate, calls: list[Call]) -> Estimate:
-    """The estimate of one step, told as fractions how many pairs each layer kept, where that depends on the data."""
-    filtering = [dict(call.sizes) for call in calls if "kept" in dict(call.sizes)]
-    if not filtering:
-        return estimate
-    members = dict(getattr(estimate.parameters, "members", [("latte", estimate.parameters)]))
-    leaders = members["reuse"].leaders(estimate.config.layers) if "reuse" in members else range(estimate.config.layers)
-    parts = [[Fraction(1)] * estimate.config.heads for _ in leaders]
-    for layer, sizes in zip(sorted(set(leaders)), filtering, strict=True):
-        pairs = sizes["maps"] * visible_pairs(sizes["q_len"], sizes["k_len"], sizes["causal"])
-        parts[layer] = [Fraction(sizes["kept"], pairs)] * sizes["heads"]
-    members["latte"] = {"kept": parts, "stage2": members["latte"].stage2}
-    params = members if len(members) > 1 else members["latte"]
-    return costmodel.estimate(estimate.method, estimate.config, estimate.workload, params)
-
-
 def tally_of_steps(estimate: Estimate, calls: list[Call]) -> Counter[Any]:
     """The tally of an estimate whose steps are estimated one by one."""
     work, found = estimate.workload, Counter()
