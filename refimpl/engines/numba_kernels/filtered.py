@@ -280,6 +280,24 @@ def _score_rows(logits, indices, count, q, b, h, i, scaled, k, g, scale):
 
 
 @njit(**STEP)
+def _weigh_kept(
+    estimates, margin, masked, mask, q, k, q_codes, b, h, i, codes, scaled, of_keys, lines, exact, scale, step, weights,
+    indices, ends,
+):  # fmt: skip
+    """Set places and weights of the keys that a query keeps; return how many they are, and the sum of the weights."""
+    if masked:
+        _hide(estimates, mask, b, h, i)
+    kept = _kept(estimates, margin, indices, ends)
+    logits, places, whole = _first(weights), _first(indices), _whole(kept)
+    if exact:
+        _score_rows(logits, places, whole, q, b, h, i, scaled, k, h // (q.shape[1] // k.shape[1]), scale)
+    else:
+        _score_codes(logits, places, whole, q_codes, b, h, i, codes, of_keys, lines, step)
+    fill(offset(logits, kept), q.dtype.type(-np.inf))
+    return kept, soften(logits, whole)
+
+
+@njit(**STEP)
 def _filter_items(
     q, k, v, q_codes, panels, code_rows, steps, margins, nearest, exact, scale, causal, masked, mask, out, counts,
     first, last,
@@ -305,17 +323,11 @@ def _filter_items(
         for r in range(rows):
             i = start + r
             of_row = span(estimates, r * stride, min(Tk, max(0, i + 1 + Tk - Tq)) if causal else Tk)
-            if masked:
-                _hide(of_row, mask, b, h, i)
-            kept[r] = _kept(of_row, margins[b, h], span(indices, r * stride, stride), span(ends, r * pieces, pieces))
-            here, places = offset(_first(logits), r * stride), offset(_first(indices), r * stride)
-            whole = _whole(kept[r])
-            if exact:
-                _score_rows(here, places, whole, q, b, h, i, scaled, k, g, scale)
-            else:
-                _score_codes(here, places, whole, q_codes, b, h, i, codes, of_keys, lines, steps[b, h])
-            fill(offset(here, kept[r]), q.dtype.type(-np.inf))
-            totals[r] = soften(here, whole)
+            kept[r], totals[r] = _weigh_kept(
+                of_row, margins[b, h], masked, mask, q, k, q_codes, b, h, i, codes, scaled, of_keys, lines, exact,
+                scale, steps[b, h], span(logits, r * stride, stride), span(indices, r * stride, stride),
+                span(ends, r * pieces, pieces),
+            )  # fmt: skip
         sums[:] = 0
         values, value_stride = _row(v, b, g, 0), v.strides[2] // v.itemsize
         _add_values(sums, logits, indices, stride, ends, rows, values, value_stride, Dv)

@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit, types
 
 from .codes import LANES, LINE, PANEL, WORD
-from .few_rows import MASK, weigh
+from .few_rows import MASK
 from .filtered import (
     BYTES,
     CODES,
@@ -17,15 +17,13 @@ from .filtered import (
     FLOATS,
     INTS,
     ROWS,
+    VALUES,
     _estimate,
     _first,
-    _hide,
-    _kept,
     _row,
-    _score_codes,
-    _score_rows,
-    upper_nibble,
-)
+    _set_nibbles,
+    _weigh_kept,
+)  # fmt: skip
 from .parallel import STEP, any_strides, read, share, write
 from .polynomials import span
 from .vector import offset
@@ -41,15 +39,17 @@ def _map_items(
     words, lines, stride = (D + WORD - 1) // WORD, (D + LINE - 1) // LINE, n_panels * PANEL + LANES
     estimates, indices = np.empty(ROWS * stride, np.int32), np.empty(stride, np.int32)
     nibbles, codes = np.zeros(ROWS * words * WORD, np.int8), np.zeros(lines * LINE, np.int8)
-    logits, scaled = np.empty(stride, q.dtype), np.empty(D, q.dtype)
+    weights, scaled, ends = (
+        np.empty(stride, q.dtype),
+        np.empty(D, q.dtype),
+        np.empty((Tk + VALUES - 1) // VALUES, np.int64),
+    )
     for item in range(first, last):
         head, start = item // blocks, item % blocks * ROWS
         b, h, rows = head // H, head % H, min(ROWS, Tq - start)
         g = h // (H // Hkv)
         for r in range(rows):
-            row = _row(q_codes, b, h, start + r)
-            for d in range(D):
-                nibbles[r * words * WORD + d] = upper_nibble(np.int32(row[d]), nearest)
+            _set_nibbles(span(nibbles, r * words * WORD, D), _row(q_codes, b, h, start + r), nearest)
         reach = min(Tk, max(0, start + rows + Tk - Tq)) if causal else Tk
         keys = offset(_first(panels), (b * Hkv + g) * n_panels * words * PANEL * WORD)
         _estimate(_first(estimates), stride, _first(nibbles), keys, (reach + PANEL - 1) // PANEL, words, rows)
@@ -57,25 +57,16 @@ def _map_items(
         for r in range(rows):
             i = start + r
             of_row = span(estimates, r * stride, min(Tk, max(0, i + 1 + Tk - Tq)) if causal else Tk)
-            if masked:
-                _hide(of_row, mask, b, h, i)
-            kept = _kept(of_row, margins[b, h], indices)
+            kept, total = _weigh_kept(
+                of_row, margins[b, h], masked, mask, q, k, q_codes, b, h, i, codes, scaled, of_keys, lines, exact,
+                scale, steps[b, h], weights, indices, ends,
+            )  # fmt: skip
             counts[head * Tq + i] = kept
-            whole = (kept + LANES - 1) // LANES * LANES
-            if exact:
-                _score_rows(_first(logits), _first(indices), whole, q, b, h, i, scaled, k, g, scale)
-            else:
-                places = _first(indices)
-                _score_codes(
-                    _first(logits), places, whole, q_codes, b, h, i, codes, of_keys, lines, steps[b, h]
-                )  # fmt: skip
-            _, total, _ = weigh(span(logits, 0, kept), q.dtype.type(-np.inf), zero)
-            target = _row(out, b, h, i)
+            target, factor = _row(out, b, h, i), q.dtype.type(1) / total if kept else zero
             for j in range(Tk):
                 target[j] = zero
-            factor = q.dtype.type(1) / total if kept else zero
             for n in range(kept):
-                target[indices[n]] = logits[n] * factor
+                target[indices[n]] = weights[n] * factor
 
 
 @any_strides(
