@@ -16,7 +16,7 @@ from refimpl.errors import ConfigError, unknown
 from . import files, grid, pareto
 from .grid import Grid
 from .progress import Progress
-from .sweep_estimate import Estimator, Part, chosen_machines, parts_of
+from .sweep_estimate import Estimator, Part, chosen_machines, in_processes, parts_of
 from .sweep_rows import ESTIMATE_COLUMNS, CSVWriter, ParquetWriter, Rows, Writer, require_pyarrow
 
 MODES = ("estimate", "measure")
@@ -26,6 +26,7 @@ OBJECTIVES = {
     "estimate": {"time": "predicted_s", "memory": "peak_bytes"},
     "measure": {"time": "measured_median_s", "memory": "peak_bytes", "fidelity": "rel_l2"},
 }
+MANY = 200_000  # points from which further processes are worth starting
 MOST_COMPARED = 50_000_000  # points whose objectives are kept in memory
 
 
@@ -110,7 +111,13 @@ def sweep(
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked for, checked as far as it can be without working."""
+    """What is asked for, checked as far as it can be without working.
+
+    Attributes
+    ----------
+    processes : int
+        That estimates of very many points may take; more than one needs a main module that can be imported.
+    """
 
     grid: Grid
     path: Path | None
@@ -120,6 +127,7 @@ class Plan:
     device: str | None = None
     engine: str | None = None
     threads: int | None = None
+    processes: int = 1
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -200,7 +208,7 @@ def estimated(plan: Plan, writer: Writer | None, progress: Progress) -> Summary:
     progress.stage(f"estimating {summary.points} points")
     compared = _Compared(plan)
     try:
-        for part, rows in _done_parts(plan, estimator):
+        for part, rows in _done_parts(plan, estimator, writer):
             if rows is not None:
                 if writer:
                     writer.write(rows)
@@ -217,12 +225,16 @@ def estimated(plan: Plan, writer: Writer | None, progress: Progress) -> Summary:
     return summary
 
 
-def _done_parts(plan: Plan, estimator: Estimator) -> Iterable[tuple[Part, Rows | None]]:
-    if plan.cluster is None:
-        return ((part, estimator.rows(part)) for part in parts_of(plan.grid))
-    from .cluster import estimated_on
+def _done_parts(plan: Plan, estimator: Estimator, writer: Writer | None) -> Iterable[tuple[Part, Rows | None]]:
+    parts = parts_of(plan.grid)
+    needed = tuple(plan.columns()) if writer and writer.is_text else None
+    if plan.cluster:
+        from .cluster import estimated_on
 
-    return estimated_on(plan.cluster, parts_of(plan.grid), estimator)
+        return estimated_on(plan.cluster, parts, estimator, needed)
+    if plan.processes > 1 and plan.grid.size >= MANY:
+        return in_processes(parts, estimator, needed, plan.processes)
+    return ((part, estimator.rows(part)) for part in parts)
 
 
 def refuse_empty(summary: Summary) -> None:

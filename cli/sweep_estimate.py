@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -29,6 +30,7 @@ from .sweep_rows import Rows
 
 PIECE = 8192  # points that are evaluated at once: their arrays stay in the caches
 KEPT = 256  # arrays of seconds
+TASK_PARTS, TASK_POINTS = 64, 1 << 15  # parts of a task, and points from which no more are put into it
 SAFE = 2**61  # figures up to here, and what they are made of, stay within 64 bits
 
 
@@ -270,3 +272,78 @@ def chosen_machines(
             hardware = machines.choose(named or name, runner, threads or cores(), dtype, progress)
             found[name, dtype] = Machine(hardware, own, runner, threads or cores())
     return found
+
+
+# --- in several processes -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """Parts that are worth being handed to another process.
+
+    Attributes
+    ----------
+    needed : tuple of str, or None
+        Rows come back as text, with these columns; None: with all columns and no text.
+    """
+
+    parts: list[Part]
+    machines: Mapping[tuple[str | None, str], Machine]
+    needed: tuple[str, ...] | None
+
+    def __call__(self) -> tuple[list[Rows | None], Counter[str]]:
+        """The rows of each part, and reasons of points that were left out."""
+        estimator = Estimator(self.machines)
+        rows = [estimator.rows(part) for part in self.parts]
+        if self.needed is not None:
+            rows = [one.written_down(self.needed) if one else None for one in rows]
+        return rows, estimator.skipped
+
+
+def in_order(
+    parts: Iterable[Part], estimator: Estimator, needed: tuple[str, ...] | None, submit: Callable[[Task], Any],
+    ahead: int,
+) -> Iterator[tuple[Part, Rows | None]]:  # fmt: skip
+    """Rows of parts in their order from tasks that are submitted, so many ahead; `submit` gives a future."""
+    tasks = (Task(batch, estimator.machines, needed) for batch in _batches(parts))
+    waiting: deque[tuple[Task, Any]] = deque()
+    while True:
+        for task in itertools.islice(tasks, ahead - len(waiting)):
+            waiting.append((task, submit(task)))
+        if not waiting:
+            return
+        task, future = waiting.popleft()
+        rows, skipped = future.result()
+        estimator.skipped.update(skipped)
+        yield from zip(task.parts, rows, strict=True)
+
+
+def in_processes(
+    parts: Iterable[Part], estimator: Estimator, needed: tuple[str, ...] | None, processes: int
+) -> Iterator[tuple[Part, Rows | None]]:
+    """Rows of parts in their order, computed and written down by several processes."""
+    import multiprocessing
+    import signal
+    from concurrent.futures import ProcessPoolExecutor
+
+    fresh = multiprocessing.get_context("spawn")
+    ignored = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the business of this process
+    pool = ProcessPoolExecutor(processes, fresh, initializer=signal.signal, initargs=ignored)
+    try:
+        yield from in_order(parts, estimator, needed, pool.submit, 2 * processes)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    """Parts together until they are worth a task."""
+    batch: list[Part] = []
+    points = 0
+    for part in parts:
+        batch.append(part)
+        points += len(part.picks)
+        if len(batch) == TASK_PARTS or points >= TASK_POINTS:
+            yield batch
+            batch, points = [], 0
+    if batch:
+        yield batch

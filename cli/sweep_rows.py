@@ -47,10 +47,13 @@ class Rows:
         Column -> its value in all rows; None, or a column left out, is an empty cell.
     columns : mapping
         Column -> array of shape (n,); of objects where a figure exceeds 64 bits.
+    text : str
+        The rows as CSV, where they were written down already.
     """
 
     shared: Mapping[str, Any]
     columns: Mapping[str, Any]
+    text: str = ""
 
     def __len__(self) -> int:
         return len(self.columns["point"])
@@ -62,8 +65,14 @@ class Rows:
         for index in range(len(self)):
             yield {name: lists[name][index] if name in lists else self.shared[name] for name in names}
 
+    def written_down(self, needed: Sequence[str]) -> Rows:
+        """The text, and of the columns those that are needed beside it."""
+        return Rows(self.shared, {name: self.columns[name] for name in ("point", *needed)}, self.as_csv())
+
     def as_csv(self) -> str:
         """A line for each row, without a header."""
+        if self.text:
+            return self.text
         cells = [
             FORMS[kind] if name in self.columns else cell(self.shared.get(name)).replace("%", "%%")
             for name, kind in ESTIMATE_COLUMNS.items()
@@ -101,7 +110,9 @@ def parsed(name: str, text: str) -> Any:
 
 
 class Writer(Protocol):
-    """Takes rows, block by block."""
+    """Takes rows, block by block; `is_text` where it writes what `Rows.as_csv` gives."""
+
+    is_text: bool
 
     def write(self, rows: Rows) -> None: ...
 
@@ -110,6 +121,8 @@ class Writer(Protocol):
 
 class CSVWriter:
     """CSV into an open text file."""
+
+    is_text = True
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -124,6 +137,8 @@ class CSVWriter:
 
 class ParquetWriter:
     """Parquet into a new file, in groups of many rows."""
+
+    is_text = False
 
     def __init__(self, path: Path, columns: Mapping[str, str]) -> None:
         pyarrow = require_pyarrow()
