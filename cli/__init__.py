@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .guideline import guideline
     from .measurement import measure
     from .preparation import prepare
-    from .sweep import sweep
+    from .sweeping import sweep
     from .threshold_training import train_thresholds
 
 __version__ = "0.1.0"
@@ -41,7 +41,7 @@ _HOME = {
     "guideline": ".guideline",
     "measure": ".measurement",
     "prepare": ".preparation",
-    "sweep": ".sweep",
+    "sweep": ".sweeping",
     "train_thresholds": ".threshold_training",
 }
 

@@ -7,6 +7,7 @@ is given to another one by the scheduler; its row arrives once.
 from __future__ import annotations
 
 import itertools
+import queue
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ if sys.platform != "win32":
 
 MEASURING = "effref-measuring"  # what a measurement takes of a worker
 CONNECT_S = 20
+LOST_S = 60.0  # without an outcome, after which it is asked whether there are workers
 AHEAD = 2  # tasks for each thread or worker that wait for it
 
 
@@ -40,29 +42,62 @@ def estimated_on(
 
 
 def measured_on(address: str, points: Iterable[Point]) -> Iterator[Outcome]:
-    """Outcomes as they come; each point is measured by the worker that is free first."""
+    """Outcomes as they come; each point is measured by the worker that is free first.
+
+    Raises
+    ------
+    ConfigError
+        If the scheduler, or for a while all workers, are gone.
+    """
     with _connected(address) as client:
-        from distributed import KilledWorker, as_completed
+        from distributed import CancelledError, KilledWorker
 
         client.register_plugin(_plugin())
-        remaining = iter(points)
-
-        def submit(point: Point) -> Any:
-            future = client.submit(_measure, point, resources={MEASURING: 1}, pure=False)
-            numbers[future.key] = point.number
-            return future
-
+        remaining, finished = iter(points), queue.SimpleQueue[Any]()
         numbers: dict[str, int] = {}
-        workers = len(client.scheduler_info(-1)["workers"])
-        running = as_completed([submit(point) for point in itertools.islice(remaining, AHEAD * workers)])
-        for future in running:
+
+        def submit(count: int) -> None:
+            for point in itertools.islice(remaining, count):
+                future = client.submit(_measure, point, resources={MEASURING: 1}, pure=False)
+                numbers[future.key] = point.number
+                future.add_done_callback(finished.put)
+
+        submit(AHEAD * _workers(client, address))
+        while numbers:
+            future = _next(finished, client, address)
             number = numbers.pop(future.key)
             try:
-                yield future.result()
+                outcome = future.result()
             except KilledWorker:
-                yield Outcome(number, reason="the workers that measured the point died, one after another")
-            for point in itertools.islice(remaining, 1):
-                running.add(submit(point))
+                outcome = Outcome(number, reason="the workers that measured the point died, one after another")
+            except CancelledError as error:
+                raise ConfigError(f"{_lost(address)}: start it and run again") from error
+            submit(1)
+            yield outcome
+
+
+def _next(finished: queue.SimpleQueue[Any], client: Any, address: str) -> Any:
+    """The next future that is done."""
+    while True:
+        try:
+            return finished.get(timeout=LOST_S)
+        except queue.Empty:
+            _workers(client, address)
+
+
+def _workers(client: Any, address: str) -> int:
+    """How many there are; ConfigError for none."""
+    try:
+        count = len(client.scheduler_info(-1)["workers"])
+    except OSError as error:
+        raise ConfigError(f"{_lost(address)}: start it and run again") from error
+    if not count:
+        raise ConfigError(f"the cluster at {address} has no workers: start some with 'dask worker {address}'")
+    return count
+
+
+def _lost(address: str) -> str:
+    return f"the scheduler at {address} does not answer any more; points that were measured are kept"
 
 
 # --- on a worker ----------------------------------------------------------------------------------------------------
@@ -87,9 +122,7 @@ def _alone() -> Iterator[None]:
 
 
 def _version() -> str:
-    import effref
-
-    return effref.__version__
+    return __version__
 
 
 # --- on this side ---------------------------------------------------------------------------------------------------
@@ -114,8 +147,7 @@ def _connected(address: str) -> Iterator[Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"no Dask scheduler answers at {address}: start one with 'dask scheduler'") from error
     with client:
-        if not client.scheduler_info()["workers"]:
-            raise ConfigError(f"the cluster at {address} has no workers: start some with 'dask worker {address}'")
+        _workers(client, address)
         _check_versions(client, _version)
         yield client
 

@@ -56,7 +56,7 @@ def command(
     from . import grid as axes
     from . import render_sweep
     from .context import cores
-    from .sweep import Plan, estimated, opened
+    from .sweeping import Plan, estimated, opened
 
     progress = Progress.on_stderr(quiet)
     objectives = parse_names(pareto) if pareto is not None else ()

@@ -229,23 +229,22 @@ def _model(table: Mapping[str, Any]) -> dict[str, Any]:
 def _designs(table: Mapping[str, Any]) -> tuple[tuple[str, Mapping[str, Any]], ...]:
     """Each method with every choice of its parameters."""
     found: list[tuple[str, Mapping[str, Any]]] = []
-    for method, params in (table or dict.fromkeys(METHODS, {})).items():
+    for method, params in (table or {name: {} for name in METHODS}).items():
         if method not in CATALOG:
             raise unknown("method", method, CATALOG)
         if not isinstance(params, Mapping):
-            raise ConfigError(
-                f"[method] {method} = {_shown(params)}; it must be a table, [method.{method}], with a line for each axis"
-            )
+            axes = f"[method.{method}] with a line for each axis"
+            raise ConfigError(f"[method] {method} = {_shown(params)}; it must be a table, {axes}")
         known = [field.name for field in fields(PARAMETERS[method])]
-        axes: dict[str, tuple[Any, ...]] = {}
+        choices: dict[str, tuple[Any, ...]] = {}
         for key, value in params.items():
             if key not in known:
                 if not known:
                     raise ConfigError(f"method '{method}' has no parameters; '{key}' was given")
                 raise unknown(f"parameter of {method}", key, known)
-            axes[key] = _different(_values(f"[method.{method}] {key}", value))
-        _check_count(f"[method.{method}]", math.prod(map(len, axes.values())))
-        found += [(method, dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
+            choices[key] = _different(_values(f"[method.{method}] {key}", value))
+        _check_count(f"[method.{method}]", math.prod(map(len, choices.values())))
+        found += [(method, dict(zip(choices, values, strict=True))) for values in itertools.product(*choices.values())]
     return tuple(found)
 
 

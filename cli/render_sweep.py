@@ -8,8 +8,8 @@ from typing import Any
 
 from .layout import Block, Table, as_markdown, as_text
 from .render import as_json, number
-from .sweep import OBJECTIVES, Summary
 from .sweep_rows import MEASURE_COLUMNS, line
+from .sweeping import OBJECTIVES, Summary
 
 REASONS = 5  # that are shown
 # objective -> header and factor

@@ -78,16 +78,16 @@ class Estimator:
 
     def rows(self, part: Part) -> Rows | None:
         """Those of the points that can be served; the others are counted with their reason."""
-        block = part.block
+        block, picks = part.block, part.picks
         try:
-            picks = self._served(block, part.picks)
+            picks = self._served(block, picks)
             if not len(picks):
                 return None
             if not self._fits(block):
                 return _joined([self._evaluated(Part(block, part.hardware, int(pick))) for pick in picks])
             return self._evaluated(Part(block, part.hardware, picks))
         except EffrefError as error:
-            self.skipped[str(error)] += len(part.picks)
+            self.skipped[str(error)] += len(picks)
             return None
 
     def _served(self, block: Block, picks: Any) -> Any:
@@ -116,8 +116,10 @@ class Estimator:
         batch, length = _workloads(part)
         decodes = block.work.phase == "decode"
         own = {"point": part.points, "batch": batch, "kv_len" if decodes else "seq": length, **figures}
-        n = 1 if one else len(part.picks)
-        columns = {name: np.array([value], object) if one else np.broadcast_to(value, n) for name, value in own.items()}
+        if one:
+            columns = {name: np.array([_plain(value)], object) for name, value in own.items()}
+        else:
+            columns = {name: np.broadcast_to(value, len(part.picks)) for name, value in own.items()}
         return Rows(_shared(prediction.estimate, block, machine), columns)
 
     def _estimate(self, part: Part) -> Estimate:
@@ -205,6 +207,11 @@ def _figures(prediction: Prediction) -> dict[str, Any]:
         "cache_bytes": estimate.cache_bytes,
         "peak_bytes": estimate.peak_bytes,
     }
+
+
+def _plain(value: Any) -> Any:
+    """A number or word of NumPy as one of Python."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _shared(estimate: Estimate, block: Block, machine: Machine) -> dict[str, Any]:

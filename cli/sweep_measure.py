@@ -19,8 +19,8 @@ from . import files, pareto
 from .files import OutputError
 from .grid import Block, Grid
 from .progress import Progress
-from .sweep import Plan, Summary, refuse_empty, sidecar
 from .sweep_rows import MEASURE_COLUMNS, ParquetWriter, line, parsed
+from .sweeping import Plan, Summary, refuse_empty, sidecar
 
 if sys.platform != "win32":
     import fcntl
@@ -207,7 +207,7 @@ class Journal:
         if not begun and self.path.exists() and self.path.stat().st_size:
             raise ConfigError(f"{self.path} exists and holds no measured points of a sweep: name another --output")
         try:
-            self.file: IO[bytes] = open(self.path, "a+b")  # noqa: SIM115  # held until the end
+            self.file: IO[bytes] = open(self.path, "a+b")  # held until the end
         except OSError as error:
             raise OutputError(f"cannot write {self.path}: {error.strerror}") from error
         try:

@@ -120,19 +120,26 @@ class Writer(Protocol):
 
 
 class CSVWriter:
-    """CSV into an open text file."""
+    """CSV into an open text file; nothing before the first rows."""
 
     is_text = True
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
-        stream.write(",".join(ESTIMATE_COLUMNS) + "\n")
+        self.begun = False
 
     def write(self, rows: Rows) -> None:
+        self._begin()
         self.stream.write(rows.as_csv())
 
     def close(self) -> None:
+        self._begin()
         self.stream.flush()
+
+    def _begin(self) -> None:
+        if not self.begun:
+            self.stream.write(",".join(ESTIMATE_COLUMNS) + "\n")
+        self.begun = True
 
 
 class ParquetWriter:

@@ -163,8 +163,9 @@ class Traffic:
         streamed = one.weight_bytes + one.table_bytes
         if estimate.workload.phase == "decode":
             streamed = streamed + one.kv_bytes
-        resident = np.maximum(estimate.resident_bytes + estimate.cache_bytes, streamed)
-        return cls(streamed, resident, one.bytes_moved - streamed)
+        held, passed = estimate.resident_bytes + estimate.cache_bytes, one.bytes_moved - streamed
+        # as floats, because Python's whole numbers may exceed those of NumPy
+        return cls(streamed * 1.0, np.maximum(held * 1.0, streamed * 1.0), passed * 1.0)
 
 
 def _times(calls: Quantity, overhead: Quantity, compute: Quantity, memory: Quantity, band: Band | None) -> Seconds:

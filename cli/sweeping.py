@@ -181,7 +181,10 @@ def sidecar(path: Path) -> Path:
 def opened(path: Path | None, stream: TextIO | None = None) -> Iterator[Writer | None]:
     """What takes the rows: a file that is written whole or not at all, or a stream, or nothing."""
     if path is None:
-        yield CSVWriter(stream) if stream else None
+        own = CSVWriter(stream) if stream else None
+        yield own
+        if own:
+            own.close()
         return
     if sidecar(path).exists():
         raise ConfigError(f"{path} holds measured points, as {sidecar(path).name} says: name another --output")
