@@ -14,8 +14,19 @@ from .progress import Progress
 INTERRUPTED = 130
 
 
+def _example(ctx: click.Context, _parameter: click.Parameter, given: bool) -> None:
+    if given:
+        from .grid import EXAMPLE
+
+        click.echo(EXAMPLE, nl=False)
+        ctx.exit()
+
+
 @click.command("sweep", short_help="A design space, estimated or measured: one row a point.")
 @click.argument("grid", type=click.Path(path_type=Path), metavar="GRID.toml")
+@click.option(
+    "--example", is_flag=True, is_eager=True, expose_value=False, callback=_example, help="Print a grid to begin with."
+)
 @click.option(
     "--mode", metavar="NAME", default="estimate", show_default=True,
     help="estimate, or measure, which goes on where an earlier run stopped.",
@@ -48,6 +59,7 @@ def command(
 
     \b
     Examples:
+      effref sweep --example > grid.toml
       effref sweep grid.toml --output points.csv
       effref sweep grid.toml --pareto time,memory
       effref sweep grid.toml --mode measure --output measured.csv

@@ -25,6 +25,24 @@ from .request import KV_LENGTHS, LENGTHS, METHODS, default_model
 TABLES = ("model", "workload", "method", "hardware")
 SIZES = ("layers", "d_model", "heads", "kv_heads", "d_ff", "vocab")
 WORKLOAD = ("seq", "kv_len", "batch", "phase", "dtype", "steps", "causal")
+EXAMPLE = """\
+# Axes are lists; every combination is a point. A line left out is the default of the other commands.
+[model]
+name = "conformer-m"
+layers = [8, 16]
+
+[workload]
+seq = "2^10:2^12"
+batch = [1, 4]
+
+[method.dense]
+[method.flash]
+[method.reuse]
+group = [2, 4]
+
+[hardware]
+name = ["xeon-8480", "h100-sxm"]
+"""
 MOST_VALUES = 10_000_000  # of one axis, and designs of a grid: they are kept in memory, the points are not
 
 

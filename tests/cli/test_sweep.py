@@ -396,3 +396,10 @@ def test_the_public_function(tmp_path: Path) -> None:
     assert (summary.points, summary.written) == (4, 4)
     assert [row["seq"] for row in summary.front] == [256, 512, 1024, 2048]
     assert set(ESTIMATE_COLUMNS) < set(MEASURE_COLUMNS)
+
+
+def test_the_example_is_a_grid(effref, tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text(effref("sweep", "--example").stdout)
+    assert grid.read(path).size == 2 * 3 * 2 * 4 * 2
+    assert len(rows_of(effref("sweep", str(path)).stdout)) == 96
