@@ -141,6 +141,12 @@ class Grid:
         each = len(self.designs) * len(self.hardware) * len(self.batches) * overrides
         return each * sum(len(self.lengths(model, work)) for model in self.models for work in self.works)
 
+    @cached_property
+    def evaluations(self) -> int:
+        """Designs, works and machines that are evaluated one after another."""
+        overrides = math.prod(map(len, self.sizes.values()))
+        return len(self.models) * overrides * len(self.works) * len(self.designs) * len(self.hardware)
+
     def lengths(self, model: str, work: Work) -> tuple[int, ...]:
         """Those of a phase."""
         if work.phase == "prefill":

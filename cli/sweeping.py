@@ -26,7 +26,8 @@ OBJECTIVES = {
     "estimate": {"time": "predicted_s", "memory": "peak_bytes"},
     "measure": {"time": "measured_median_s", "memory": "peak_bytes", "fidelity": "rel_l2"},
 }
-MANY = 200_000  # points from which further processes are worth starting
+EVALUATION_S, POINT_S = 3e-3, 1e-5  # about what an evaluation takes, and a point's own part of it with its row
+LONG_S = 2.0  # from which further processes are worth starting
 MOST_COMPARED = 50_000_000  # points whose objectives are kept in memory
 
 
@@ -235,7 +236,8 @@ def _done_parts(plan: Plan, estimator: Estimator, writer: Writer | None) -> Iter
         from .cluster import estimated_on
 
         return estimated_on(plan.cluster, parts, estimator, needed)
-    if plan.processes > 1 and plan.grid.size >= MANY:
+    expected_s = plan.grid.evaluations * EVALUATION_S + plan.grid.size * POINT_S
+    if plan.processes > 1 and expected_s >= LONG_S:
         return in_processes(parts, estimator, needed, plan.processes)
     return ((part, estimator.rows(part)) for part in parts)
 
