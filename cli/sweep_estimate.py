@@ -173,10 +173,11 @@ def _request(block: Block, batch: Any = 1) -> Request:
 
 def _workloads(part: Part) -> tuple[Any, Any]:
     """Batches and lengths of the picks."""
-    block, n = part.block, len(part.block.lengths)
+    block = part.block
     if isinstance(part.picks, int):
         return block.workload(part.picks)
-    return np.array(block.batches)[part.picks // n], np.array(block.lengths)[part.picks % n]
+    batches, lengths = (indices.tolist() for indices in np.divmod(part.picks, len(block.lengths)))
+    return np.array([block.batches[i] for i in batches]), np.array([block.lengths[i] for i in lengths])
 
 
 def _estimate(part: Part) -> Estimate:

@@ -259,3 +259,17 @@ def test_a_machine_measures_one_point_at_a_time() -> None:
         order.append("first")
     thread.join(10)
     assert order == ["first", "second"]
+
+
+def test_an_interrupted_point_is_not_kept(effref, space: Path, tmp_path: Path, monkeypatch) -> None:
+    """`effref.measure` returns what it has when Ctrl-C comes; a row stands for a whole measurement."""
+    original, calls = package.measure, []
+
+    def interrupted(**given: Any) -> Any:
+        calls.append(given)
+        return original(**given) | ({"interrupted": True, "results": []} if len(calls) == 3 else {})
+
+    monkeypatch.setattr("effref.measurement.measure", interrupted)
+    path = tmp_path / "x.csv"
+    assert effref("sweep", str(space), *FAST, "--output", str(path)).exit_code == 130
+    assert [row["point"] for row in rows_of(path.read_text())] == [0, 1]
