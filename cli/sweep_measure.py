@@ -204,8 +204,9 @@ class Journal:
 
     def __enter__(self) -> Journal:
         begun = self._check_sidecar()
-        if not begun and self.path.exists() and self.path.stat().st_size:
-            raise ConfigError(f"{self.path} exists and holds no measured points of a sweep: name another --output")
+        for path in {self.path, self.target}:
+            if not begun and path.exists() and path.stat().st_size:
+                raise ConfigError(f"{path} exists and holds no measured points of a sweep: name another --output")
         try:
             self.file: IO[bytes] = open(self.path, "a+b")  # held until the end
         except OSError as error:

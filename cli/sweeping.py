@@ -145,6 +145,8 @@ class Plan:
             raise ConfigError(
                 f"the grid has {self.grid.size} points; --pareto compares at most {MOST_COMPARED}: take fewer values"
             )
+        if self.cluster is not None and not self.cluster.strip():
+            raise ConfigError("--cluster is empty; give the address of a Dask scheduler, as tcp://10.0.0.1:8786")
         if self.mode == "measure":
             self._check_measuring()
         if self.path:

@@ -369,7 +369,10 @@ def test_a_grid_that_cannot_be_served_is_refused_in_one_line(effref, tmp_path: P
         ("--mode measure", "name one with --output"),
         ("--format json", "--pareto"),
         ("--device gpu", "is a cpu, not a gpu"),
+        ("--cluster=", "--cluster is empty"),
         ("--cluster tcp://127.0.0.1:1", "no Dask scheduler answers"),
+        ("--cluster nowhere://x", "no Dask scheduler answers"),
+        ("--cluster tcp://127.0.0.1:port", "no Dask scheduler answers"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(

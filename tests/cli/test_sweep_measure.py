@@ -176,6 +176,9 @@ def test_pareto_of_three_and_parquet(effref, space: Path, tmp_path: Path) -> Non
     words = ["sweep", str(space), *FAST, "--output", str(path), "--pareto", "time,memory,fidelity"]
     result = effref(*words, "--format", "json")
     assert result.exit_code == 0, result.stderr
+    other = tmp_path / "other.parquet"
+    other.write_text("not ours")
+    assert "holds no measured points" in error_of(effref("sweep", str(space), *FAST, "--quiet", "--output", str(other)))
     rows = parquet.read_table(path).to_pylist()
     assert rows == rows_of(Path(f"{path}.rows.csv").read_text())
     listed = {row["point"] for row in json.loads(result.stdout)}
