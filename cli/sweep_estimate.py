@@ -74,7 +74,7 @@ class Estimator:
         self.skipped: Counter[str] = Counter()
         self._last: tuple[Hashable, Estimate] | None = None
         self._seconds: dict[Hashable, Any] = {}
-        self._fitting: tuple[int, bool] | None = None
+        self._fitting: tuple[tuple[int, int], bool] | None = None
 
     def rows(self, part: Part) -> Rows | None:
         """Those of the points that can be served; the others are counted with their reason."""
@@ -83,7 +83,7 @@ class Estimator:
             picks = self._served(block, picks)
             if not len(picks):
                 return None
-            if not self._fits(block):
+            if not self._fits(block, picks):
                 return _joined([self._evaluated(Part(block, part.hardware, int(pick))) for pick in picks])
             return self._evaluated(Part(block, part.hardware, picks))
         except EffrefError as error:
@@ -94,13 +94,12 @@ class Estimator:
         """The picks whose length a streaming model takes; no other model looks at single lengths."""
         if not shape_of(block).streams:
             return picks
-        request, refused = _request(block), {}
-        for index, length in enumerate(block.lengths):
+        request, refused, places = _request(block), {}, picks % len(block.lengths)
+        for index in np.unique(places).tolist():
             try:
-                request.workload(length).check(request.config)
+                request.workload(block.lengths[index]).check(request.config)
             except EffrefError as error:
                 refused[index] = str(error)
-        places = picks % len(block.lengths)
         for index, reason in refused.items():
             self.skipped[reason] += int(np.count_nonzero(places == index))
         return picks[~np.isin(places, list(refused))]
@@ -140,9 +139,12 @@ class Estimator:
             self._seconds[key] = predict(estimate, machine.hardware).total.seconds
         return self._seconds[key]
 
-    def _fits(self, block: Block) -> bool:
-        if self._fitting is None or self._fitting[0] != block.first:
-            self._fitting = block.first, _fits_64_bits(block)
+    def _fits(self, block: Block, picks: Any) -> bool:
+        """Whether figures of a block stay within 64 bits; of a streaming model at the lengths that it takes."""
+        served = np.unique(picks % len(block.lengths)).tolist() if shape_of(block).streams else None
+        longest = max(block.lengths) if served is None else max(block.lengths[index] for index in served)
+        if self._fitting is None or self._fitting[0] != (block.first, longest):
+            self._fitting = (block.first, longest), _fits_64_bits(block, longest)
         return self._fitting[1]
 
 
@@ -186,9 +188,9 @@ def _estimate(part: Part) -> Estimate:
     return _request(part.block, batch).estimate(part.block.method, length)
 
 
-def _fits_64_bits(block: Block) -> bool:
+def _fits_64_bits(block: Block, longest: int) -> bool:
     """Whether the figures at the largest workload, and all they are made of, do; they grow with batch and length."""
-    found = _request(block, max(block.batches)).estimate(block.method, max(block.lengths))
+    found = _request(block, max(block.batches)).estimate(block.method, longest)
     figures = (found.total.flops, found.total.bytes_moved, found.peak_bytes, found.params_bytes)
     return all(figure < SAFE for figure in figures)
 

@@ -18,7 +18,7 @@ from effref.sweeping import Plan, estimated, opened
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refimpl.errors import ConfigError
+from refimpl.errors import ConfigError, EffrefError
 from refimpl.methods import CATALOG
 
 from .conftest import error_of, profile
@@ -84,7 +84,7 @@ CHOICES = {
     "efficientasr": {"ffn_chunks": [1, 2], "band": [3]},
     "svd-softmax": {"window": [16]},
 }
-lengths = st.lists(st.integers(1, 3000), min_size=1, max_size=5, unique=True)
+lengths = st.lists(st.integers(1, 12) | st.integers(1, 3000), min_size=1, max_size=5, unique=True)
 
 
 @st.composite
@@ -123,11 +123,24 @@ def test_every_row_is_what_estimate_gives_for_the_point_alone(
         axes = grid.from_table(given)
         try:
             rows, summary = rows_from(axes, threads=1)
-        except ConfigError:  # methods that the model cannot run
-            return
-        assert summary.written == len(rows)
-        assert summary.written + summary.skipped.total() == axes.size
+        except ConfigError:  # no point can be served
+            rows, summary = [], None
         assert [row["point"] for row in rows] == sorted({row["point"] for row in rows})
+        missing = sorted(set(range(axes.size)) - {row["point"] for row in rows})
+        assert summary is None or summary.skipped.total() == len(missing)
+        for number in data.draw(st.lists(st.sampled_from(missing), max_size=3)) if missing else []:
+            block = next(block for block in axes.blocks() if block.first <= number < block.first + block.size)
+            index = number - block.first
+            machine, (batch, length) = block.hardware[index // block.workloads], block.workload(index % block.workloads)
+            lengths = {"kv_len": length, "steps": block.work.steps} if block.work.phase == "decode" else {"seq": length}
+            with pytest.raises(EffrefError):
+                package.estimate(
+                    block.model, method=block.method, params={block.method: block.params}, batch=batch,
+                    phase=block.work.phase, causal=block.work.causal, overrides=block.sizes, hardware=machine,
+                    threads=1, **lengths,
+                )  # fmt: skip
+        if not rows:
+            return
         for row in data.draw(st.lists(st.sampled_from(rows), min_size=1, max_size=4)):
             expected = alone(
                 row, hardware=axes.hardware[0] if axes.hardware == ("local",) else row["hardware"], threads=1
