@@ -208,6 +208,8 @@ def test_further_processes_give_the_same_file(monkeypatch: pytest.MonkeyPatch, t
     files = []
     for processes in (1, 2):
         monkeypatch.setattr(sweeping, "LONG_S", 0.0)
+        monkeypatch.setattr(sweep_estimate, "TASK_PARTS", 1)
+        monkeypatch.setattr(sweep_estimate, "PIECE", 1)
         files.append(tmp_path / f"{processes}.csv")
         with opened(files[-1]) as writer:
             plan = Plan(axes, files[-1], "estimate", ("time", "memory"), processes=processes)
