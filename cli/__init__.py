@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .guideline import guideline
     from .measurement import measure
     from .preparation import prepare
+    from .sweeping import sweep
     from .threshold_training import train_thresholds
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ __all__ = [
     "guideline",
     "measure",
     "prepare",
+    "sweep",
     "train_thresholds",
 ]
 
@@ -42,6 +44,7 @@ _HOME = {
     "guideline": ".guideline",
     "measure": ".measurement",
     "prepare": ".preparation",
+    "sweep": ".sweeping",
     "train_thresholds": ".threshold_training",
 }
 

@@ -29,6 +29,7 @@ COMMANDS = {
     "models": ".command_models",
     "maps": ".command_maps",
     "memo": ".command_memo",
+    "sweep": ".command_sweep",
 }
 UNSERVED, INTERRUPTED = 2, 130
 

@@ -141,7 +141,7 @@ def resolve(
         If a name is unknown, or a value is outside what is allowed.
     """
     methods = _methods(method)
-    config = resolve_config(_default_model(methods, phase) if model is None else model)
+    config = resolve_config(default_model(methods, phase) if model is None else model)
     changed = override(config, **dict(overrides or {}))
     device, engine = device_and_engine(device, engine)
     if threads is not None and threads < 1:
@@ -173,7 +173,7 @@ def _methods(given: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(canonical(name) for name in names))
 
 
-def _default_model(methods: tuple[str, ...], phase: str) -> str:
+def default_model(methods: tuple[str, ...], phase: str) -> str:
     """The example model of the first method that is not a baseline; one that can decode where that is asked for."""
     model = method_row(next((name for name in methods if name not in BASELINES), methods[0])).model
     decodes = preset(model).generates or preset(model).streams

@@ -10,7 +10,7 @@ the result written once; a fused op has only its outer operands. Under a causal 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -50,11 +50,11 @@ class Cost:
         return self.bytes_read + self.bytes_written
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Cost)})
+        return Cost(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     def times(self, calls: Quantity) -> Cost:
         """The cost of so many calls."""
-        return Cost(**{f.name: getattr(self, f.name) * calls for f in fields(Cost)})
+        return Cost(*(value * calls for value in vars(self).values()))
 
 
 def visible_pairs(q_len: Quantity, k_len: Quantity, causal: int) -> Quantity:

@@ -36,6 +36,12 @@ class Seconds:
     def __add__(self, other: Seconds) -> Seconds:
         return Seconds(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
+    def where(self, condition: Any, other: Seconds) -> Seconds:
+        """These where a condition holds, and others elsewhere."""
+        return Seconds(
+            *(np.where(condition, a, b) for a, b in zip(vars(self).values(), vars(other).values(), strict=True))
+        )
+
     @property
     def bound(self) -> Any:
         """What most of the time goes to: "compute", "memory" or "overhead"."""
@@ -80,11 +86,15 @@ def predict(estimate: Estimate, hardware: Hardware) -> Prediction:
     for op in estimate.ops:
         one = op.cost_of_one(estimate.itemsize)
         traffic = Traffic.of(one, estimate)
-        if hardware.level == "spec":
-            parts = _spec(one, traffic, hardware, dtype)
-        else:
-            parts = _calibrated(op, one, traffic, hardware, dtype)
-        by_op.append((op, _times(op.calls, *parts, hardware.bands.get(kind_of(op.name, op.sizes)))))
+        found: list[Seconds] = []
+        few, kinds = kinds_of(op)
+        for kind in kinds:
+            if hardware.level == "spec":
+                parts = _spec(one, traffic, hardware, dtype)
+            else:
+                parts = _calibrated(kind, op, one, traffic, hardware, dtype)
+            found.append(_times(op.calls, *parts, hardware.bands.get(kind)))
+        by_op.append((op, found[0] if len(found) == 1 else found[0].where(few, found[1])))
     total = sum((seconds for _, seconds in by_op), Seconds())
     return Prediction(estimate, hardware, by_op, _banded(total, hardware))
 
@@ -104,18 +114,33 @@ def kind_of(op: str, sizes: Mapping[str, Quantity]) -> str:
 
     Arrays of sizes count as their largest.
     """
+    return _kind(op, sizes, bool(np.all(_are_few(op, sizes))))
+
+
+def kinds_of(op: Op) -> tuple[Quantity, list[str]]:
+    """Where an op over arrays of sizes is of few rows or queries; its kinds there and elsewhere, if they are called."""
+    few = _are_few(op.name, op.sizes)
+    called = np.asarray(op.calls) > 0
+    if np.any(few & called) and np.any(~np.asarray(few) & called):
+        return few, [_kind(op.name, op.sizes, True), _kind(op.name, op.sizes, False)]
+    return few, [_kind(op.name, op.sizes, bool(np.all(few | ~called)))]
+
+
+def _are_few(op: str, sizes: Mapping[str, Quantity]) -> Any:
+    """Whether a product has few rows; queries that share keys are rows of one product."""
     op = SAME_LOOPS.get(op, op)
-    if op in ("linear", "project", "block_linear") and np.max(sizes["rows"]) <= FEW_ROWS:
-        return f"{op}, few rows"
-    if op in (
-        "scores",
-        "weighted_sum",
-        "attention",
-        "filtered_attention",
-    ):  # queries that share keys are rows of one product
-        sharing = sizes["maps"] // sizes["kv_maps"] * sizes["q_len"]
-        if np.max(sharing) <= FEW_ROWS:
-            return f"{op}, few queries"
+    if op in ("linear", "project", "block_linear"):
+        return sizes["rows"] <= FEW_ROWS
+    if op in ("scores", "weighted_sum", "attention", "filtered_attention"):
+        kv_maps = sizes["kv_maps"]
+        return sizes["maps"] // (kv_maps + (kv_maps == 0)) * sizes["q_len"] <= FEW_ROWS  # arrays may have empty batches
+    return False
+
+
+def _kind(op: str, sizes: Mapping[str, Quantity], few: bool) -> str:
+    op = SAME_LOOPS.get(op, op)
+    if few:
+        return f"{op}, few {'rows' if 'rows' in sizes else 'queries'}"
     if op == "fetch" and not np.any(sizes["copied"]):
         return "fetch, mapped"
     return f"{op}, causal" if sizes.get("causal") else SAME_KERNEL.get(op, op)
@@ -146,8 +171,9 @@ class Traffic:
         streamed = one.weight_bytes + one.table_bytes
         if estimate.workload.phase == "decode":
             streamed = streamed + one.kv_bytes
-        resident = np.maximum(estimate.resident_bytes + estimate.cache_bytes, streamed)
-        return cls(streamed, resident, one.bytes_moved - streamed)
+        held, passed = estimate.resident_bytes + estimate.cache_bytes, one.bytes_moved - streamed
+        # as floats, because Python's whole numbers may exceed those of NumPy
+        return cls(streamed * 1.0, np.maximum(held * 1.0, streamed * 1.0), passed * 1.0)
 
 
 def _times(calls: Quantity, overhead: Quantity, compute: Quantity, memory: Quantity, band: Band | None) -> Seconds:
@@ -201,14 +227,13 @@ def spec_bandwidth(hardware: Hardware, working_set: Quantity) -> Quantity:
 
 
 def _calibrated(
-    op: Op, one: Cost, traffic: Traffic, hardware: Hardware, dtype: str
+    kind: str, op: Op, one: Cost, traffic: Traffic, hardware: Hardware, dtype: str
 ) -> tuple[Quantity, Quantity, Quantity]:
     fitted = hardware.about.get("dtype")
     if fitted != dtype:
         raise UnsupportedError(
             f"the profile '{hardware.name}' was calibrated for {fitted}; run 'effref calibrate --dtype {dtype}'"
         )
-    kind = kind_of(op.name, op.sizes)
     if kind not in hardware.ops:
         raise UnsupportedError(f"the profile '{hardware.name}' lacks the op '{kind}'; run 'effref calibrate' again")
     return parts_of_call(hardware.ops[kind], op.sizes, one, traffic)
@@ -238,5 +263,6 @@ def seconds_of_call(model: OpModel, sizes: Mapping[str, Quantity], one: Cost, tr
 
 def bandwidth(model: OpModel, working_set: Quantity) -> Quantity:
     """The cache's bandwidth for small working sets, the memory's for large ones; the turn is at the cache's size."""
-    outside = 1.0 / (1.0 + (model.cache_bytes / np.maximum(working_set, 1.0)) ** 2)
+    ratio = model.cache_bytes / np.maximum(working_set, 1.0)
+    outside = 1.0 / (1.0 + ratio * ratio)  # not ratio ** 2, which rounds otherwise for one number than for an array
     return 1.0 / ((1.0 - outside) / model.near_bytes_per_s + outside / model.far_bytes_per_s)

@@ -73,5 +73,6 @@ def part_of(pairs: Quantity, fraction: Fraction) -> Any:
     """The nearest whole number of pairs, of halves the larger; exact in symbols."""
     above, below = fraction.numerator, fraction.denominator
     if isinstance(pairs, (int, np.integer, np.ndarray)):
-        return (2 * above * pairs + below) // (2 * below)
+        wholes, rest = pairs // below, pairs % below  # their products stay within 64 bits
+        return above * wholes + (2 * above * rest + below) // (2 * below)
     return pairs * above / below
