@@ -18,10 +18,21 @@ if TYPE_CHECKING:
     from .guideline import guideline
     from .measurement import measure
     from .preparation import prepare
+    from .reporting.page import report
     from .threshold_training import train_thresholds
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "calibrate", "estimate", "fidelity", "guideline", "measure", "prepare", "train_thresholds"]
+__all__ = [
+    "__version__",
+    "calibrate",
+    "estimate",
+    "fidelity",
+    "guideline",
+    "measure",
+    "prepare",
+    "report",
+    "train_thresholds",
+]
 
 _HOME = {
     "calibrate": ".calibration",
@@ -30,6 +41,7 @@ _HOME = {
     "guideline": ".guideline",
     "measure": ".measurement",
     "prepare": ".preparation",
+    "report": ".reporting.page",
     "train_thresholds": ".threshold_training",
 }
 

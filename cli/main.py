@@ -21,6 +21,7 @@ COMMANDS = {
     "measure": ".command_measure",
     "calibrate": ".command_calibrate",
     "fidelity": ".command_fidelity",
+    "report": ".command_report",
     "prepare": ".command_prepare",
     "guideline": ".command_guideline",
     "train-thresholds": ".command_train_thresholds",
