@@ -33,12 +33,12 @@ def card(group: Group, key: str) -> Card | None:
             panels.append(drawn.panel(f"{key}-{place}{'s' if share else 'a'}"))
     names = components_of(lines)
     pair = "the left bar is predicted, the right one measured" if measured else "bars are predicted"
-    spread = ", and the spread of measured passes" if measured else ""
+    spread = ", and of measured passes: dots are totals without instruments" if measured else ""
     return Card(
         key,
         "Where the time goes",
         f"Time of one pass by component, stacked, at each {group.axis_label}; {pair}. "
-        f"Whiskers are the band of the predicted total{spread}. All panels have the same scale.",
+        f"Whiskers are the spread of the predicted total{spread}. All panels have the same scale.",
         [*(component_entry(name) for name in names), *bar_entries(measured)],
         panels,
         _table(lines, group, unit),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from .palette import outline, series_class
 from .reading import Result
 from .scales import Linear, around
 
-EXACT = 1e-5  # relative error below which an output differs by rounding alone; drawn on the lowest line
+EXACT = 1e-5  # relative error up to which an output differs by rounding alone; drawn on the lowest line
 WIDE = 30  # largest figure over smallest from which an axis is logarithmic
 
 
@@ -137,21 +138,21 @@ def _panel(
     panel = Panel(key, "", f"{figure.name} against {label}, {group.model}", "; ".join(parts) + ".")
     exact = _axis(panel, figure, values)
     _cost_axis(panel, [cost(point) for point in known], label, cost is _cache)
-    if exact is not None:
-        panel.add(panel.line([(panel.x.low, exact), (panel.x.high, exact)], "one"))
+    panel.add(panel.line([(panel.x.low, exact), (panel.x.high, exact)], "one"))
     for one in series:
-        panel.add(_curve(panel, one, [point for point in known if point.series is one], figure, cost))
+        panel.add(_curve(panel, one, [point for point in known if point.series is one], figure, cost, exact))
     return panel.svg()
 
 
-def _axis(panel: Panel, figure: Figure, values: Sequence[float]) -> float | None:
+def _axis(panel: Panel, figure: Figure, values: Sequence[float]) -> float:
     """The scale of the figure; returns where exact attention stands on it."""
     if figure.key == "rel_l2":
-        low, high = around([EXACT, *(value for value in values if value > EXACT), EXACT * 1000], 0.06)
-        panel.log_y(low, high)
-        ticks = [tick for tick in panel.y.ticks(6) if tick > EXACT * 2]
-        panel.y_axis(figure.name, [EXACT, *ticks], lambda value: "exact" if value == EXACT else f"{value:.4g}")
-        return EXACT
+        away = [value for value in values if value > EXACT] or [1.0]
+        exact = 10.0 ** (math.floor(math.log10(min(away))) - 1)
+        panel.log_y(*around([exact, max(away)], 0.1))
+        ticks = [tick for tick in panel.y.ticks(6) if tick > exact * 1.5]
+        panel.y_axis(figure.name, [exact, *ticks], lambda value: "exact" if value == exact else f"{value:.4g}")
+        return exact
     if figure.key == "top1_agreement":
         low = min(values)
         room = max((1.0 - low) * 0.08, 0.01)
@@ -180,9 +181,15 @@ def _cost_axis(panel: Panel, costs: Sequence[float], label: str, of_cache: bool)
 
 
 def _curve(
-    panel: Panel, series: Series, found: Sequence[Point], figure: Figure, cost: Callable[[Point], float]
+    panel: Panel, series: Series, found: Sequence[Point], figure: Figure, cost: Callable[[Point], float], exact: float
 ) -> Markup:
-    spots = [(panel.x(cost(point)), panel.y(_drawn(point, figure))) for point in found]
+    """The marks of one series, joined where they lie on a curve; only those off the line of exact have digits."""
+
+    def height(point: Point) -> float:
+        value = point.result.fidelity[figure.key]
+        return exact if figure.key == "rel_l2" and value <= EXACT else value
+
+    spots = [(panel.x(cost(point)), panel.y(height(point))) for point in found]
     marks = []
     if len(spots) > 1 and found[0].result.knob:
         marks.append(tag("path", d="M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in spots), class_="line thin"))
@@ -193,14 +200,9 @@ def _curve(
         marks.append(tag("path", hint(text), d=outline(series.number, x, y, 3.8), class_="mark"))
         left = x > panel.right - 30
         label = panel.text(x + (-6 if left else 6), y - 5, point.short, f"tick halo own{' end' if left else ''}")
-        if _drawn(point, figure) != EXACT:
+        if height(point) != exact or point.result.knob:
             marks.append(label)
     return tag("g", marks, class_=f"{series_class(series.number)} m{series.method_number}")
-
-
-def _drawn(point: Point, figure: Figure) -> float:
-    value = point.result.fidelity[figure.key]
-    return max(value, EXACT) if figure.key == "rel_l2" else value
 
 
 def elided(result: Result) -> str:

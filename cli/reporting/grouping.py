@@ -167,7 +167,7 @@ def _lines(documents: Sequence[Document], varying: Mapping[str, Sequence[str]]) 
         if len(set(lengths)) == len(lengths):
             lines.append(_series(label, method, [result for _, results in parts for result in results]))
         else:
-            lines += [_series(f"{label} ({document.name})", method, results) for document, results in parts]
+            lines += [_series(f"{label} ({document.label})", method, results) for document, results in parts]
     return lines
 
 
@@ -185,7 +185,7 @@ def _curves(documents: Sequence[Document]) -> list[Series]:
         knobs = {other for name, other in found if name == curve}
         label = f"{curve} by {knob}" if len(knobs) > 1 else curve
         for document, results in parts:
-            name = f"{label} ({document.name})" if len(parts) > 1 else label
+            name = f"{label} ({document.label})" if len(parts) > 1 else label
             curves.append(Series(name, results[0].method, results))
     return curves
 

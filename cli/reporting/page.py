@@ -170,7 +170,7 @@ def _overview(groups: Sequence[Group]) -> Markup:
             "that times one factor."
         )
         cards.append(_wide("How far predictions lie from measurements", about, accuracy))
-    return tag("section", tag("h2", "Overview"), tag("p"), cards, id="overview", class_="overview")
+    return tag("section", tag("h2", "Overview"), cards, id="overview", class_="overview")
 
 
 def _wide(title: str, reading: str, table: Table) -> Markup:
@@ -201,7 +201,8 @@ def _curve_row(curve: Series, group: Group, groups: Sequence[Group]) -> Row:
     where = f"S={result.step_length}" if result.step else f"{result.axis}={result.length}"
     where = f"{where}, {result.knob}={fidelity.elided(result)}" if result.knob else where
     seconds = quantity(work.measured_s, SECONDS) if work.measured_s else NONE
-    kind = f"{work_of(group.first)}, {'step' if result.step else 'pass'}"
+    kind = work_of(group.first)
+    kind = kind.replace(str(group.first.part("config").get("phase")), "decoding step") if result.step else kind
     speedups = [ratios.get(baseline, (None, None)) for baseline in ("dense", "flash")]
     return Row([
         group.model, kind, curve.label, where, seconds, quantity(work.predicted_s, SECONDS),
@@ -230,7 +231,7 @@ def _accuracy(groups: Sequence[Group]) -> Table:
             for all_, own in zip(every, found, strict=True):
                 all_ += own
             cells = [cell for own in found for cell in _error_cells(own)]
-            rows.append(Row([document.name, *cells, *_rivals(document)], _model_class(group, groups)))
+            rows.append(Row([document.label, *cells, *_rivals(document)], _model_class(group, groups)))
     if len(rows) > 1:
         rows.append(Row(["all files", *(cell for own in every for cell in _error_cells(own)), NONE, NONE], "sum"))
     return Table(headers, rows, 1, "Accuracy of predictions by file", over)

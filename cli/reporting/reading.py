@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os.path
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,11 +107,14 @@ class Document:
     Attributes
     ----------
     kind : {"estimate", "measure", "fidelity"}
+    label : str
+        The name as short as it can be: without what all files of the page begin with.
     raw : mapping
         The file, for what is only shown: context, config, hardware.
     """
 
     name: str
+    label: str
     kind: str
     raw: Mapping[str, Any]
     results: tuple[Result, ...]
@@ -142,11 +146,20 @@ def read_all(paths: Sequence[Path]) -> list[Document]:
             raise InputError(f"{path} is given twice: give each file once")
         seen[whole] = path
     ambiguous = len({path.name for path in paths}) < len(paths)
-    return [read(path, str(path) if ambiguous else path.name) for path in paths]
+    names = [str(path) if ambiguous else path.name for path in paths]
+    return [read(path, name, label) for path, name, label in zip(paths, names, _labels(names), strict=True)]
 
 
-def read(path: Path, name: str = "") -> Document:
-    """Read one result file; `name` is what the page calls it.
+def _labels(names: Sequence[str]) -> list[str]:
+    """``gpt2`` and ``minilm`` for ``xeon-gpt2.json`` and ``xeon-minilm.json``."""
+    stems = [name.removesuffix(".json") for name in names]
+    shared = os.path.commonprefix(stems) if len(stems) > 1 else ""
+    cut = max(shared.rfind(mark) for mark in "-_/ ") + 1
+    return [stem[cut:] for stem in stems] if all(stem[cut:] for stem in stems) else stems
+
+
+def read(path: Path, name: str, label: str) -> Document:
+    """Read one result file, called `name` on the page, and `label` where there is little room.
 
     Raises
     ------
@@ -163,7 +176,7 @@ def read(path: Path, name: str = "") -> Document:
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise InputError(f"{where} is not JSON ({reason}): give a file of {WRITERS}") from error
-    return _document(_Field(given, where), _printable(name) or path.name)
+    return _document(_Field(given, where), _printable(name), _printable(label))
 
 
 def _no_constant(text: str) -> NoReturn:
@@ -267,7 +280,7 @@ def _finite(value: Any) -> float | None:
     return found if math.isfinite(found) else None
 
 
-def _document(given: _Field, name: str) -> Document:
+def _document(given: _Field, name: str, label: str) -> Document:
     if not isinstance(given.value, dict) or not {"schema_version", "results"} <= given.value.keys():
         kind = "a hardware profile" if "profile_schema" in given.names() else "a file of another kind"
         raise InputError(f"{given.where} is {kind}, not a result: give a file of {WRITERS}")
@@ -282,7 +295,7 @@ def _document(given: _Field, name: str) -> Document:
     notes = [note for note in given.value.get("notes") or [] if isinstance(note, str)]
     if given.value.get("interrupted"):
         notes.append("the run was interrupted; what was seen until then is shown")
-    return Document(name, _kind(entries, found), given.value, found, tuple(dict.fromkeys(notes)))
+    return Document(name, label, _kind(entries, found), given.value, found, tuple(dict.fromkeys(notes)))
 
 
 def _kind(entries: Sequence[_Field], found: Sequence[Result]) -> str:

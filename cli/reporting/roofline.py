@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -179,15 +180,13 @@ def _slope(panel: Panel, name: str, bandwidth: float, peak: float) -> Markup:
     ends = [(first, first * bandwidth), (peak / bandwidth, peak)]
     words = f"{name}, {quantity(bandwidth, BYTE_RATES)}"
     (x, y), (right, top) = ((panel.x(one), panel.y(two)) for one, two in ends)
-    angle = f"rotate({_degrees(right - x, top - y):.0f} {x + 10:.0f} {y - 5:.0f})"
-    label = tag("text", words, x=round(x + 10), y=round(y - 5), class_="roof-name halo", transform=angle)
+    angle = math.atan2(top - y, right - x)
+    along, off = 12.0, 4.0  # pixels from the lower end, and to the upper left of the line
+    x += along * math.cos(angle) + off * math.sin(angle)
+    y += along * math.sin(angle) - off * math.cos(angle)
+    turned = f"rotate({math.degrees(angle):.1f} {x:.1f} {y:.1f})"
+    label = tag("text", words, x=x, y=y, class_="roof-name halo", transform=turned)
     return joined(panel.line(ends, "roof"), label)
-
-
-def _degrees(across: float, up: float) -> float:
-    import math
-
-    return math.degrees(math.atan2(up, across))
 
 
 def _flat(panel: Panel, rate: float, first: float, name: str) -> Markup:
