@@ -25,6 +25,7 @@ CHARTS = (
     ("accuracy", scatter.card),
     ("roofline", roofline.card),
 )
+MOST_REMARKS = 6
 RIVALS = {"bare_roofline": "bare roofline", "global_efficiency": "one factor"}  # keys of accuracy in files
 
 
@@ -269,7 +270,6 @@ def _section(group: Group, groups: Sequence[Group]) -> Markup:
     cards += fidelity.cards(group, f"g{place}-fidelity")
     flags = dict.fromkeys(flag for series in group.series for result in series.results for flag in result.flags)
     notes = dict.fromkeys(note for document in group.documents for note in document.notes)
-    remarks = [*flags, *notes]
     return tag(
         "section",
         tag("h2", group.model),
@@ -278,13 +278,21 @@ def _section(group: Group, groups: Sequence[Group]) -> Markup:
         tag(
             "div",
             tag("h3", "Where this is from"),
-            tag("ul", [tag("li", remark) for remark in remarks], class_="notes") if remarks else None,
+            _remarks(list(dict.fromkeys([*flags, *notes]))),
             tag("div", _settings(group), class_="settings"),
             class_="card wide",
         ),
         id=f"g{place}", class_=f"group {_model_class(group, groups)}",
         aria_label=f"{group.model}, {_short_work(group)}",
     )  # fmt: skip
+
+
+def _remarks(remarks: Sequence[str]) -> Markup | None:
+    """What a reader should know; folded where it is much."""
+    if not remarks:
+        return None
+    every = tag("ul", [tag("li", remark) for remark in remarks], class_="notes")
+    return every if len(remarks) <= MOST_REMARKS else tag("details", tag("summary", f"{len(remarks)} remarks"), every)
 
 
 def _facts(group: Group) -> list[str]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os.path
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -153,7 +153,8 @@ def read_all(paths: Sequence[Path]) -> list[Document]:
 def _labels(names: Sequence[str]) -> list[str]:
     """``gpt2`` and ``minilm`` for ``xeon-gpt2.json`` and ``xeon-minilm.json``."""
     stems = [name.removesuffix(".json") for name in names]
-    shared = os.path.commonprefix(stems) if len(stems) > 1 else ""
+    same = takewhile(lambda letters: len(set(letters)) == 1, zip(*stems, strict=False))
+    shared = "".join(letters[0] for letters in same) if len(stems) > 1 else ""
     cut = max(shared.rfind(mark) for mark in "-_/ ") + 1
     return [stem[cut:] for stem in stems] if all(stem[cut:] for stem in stems) else stems
 

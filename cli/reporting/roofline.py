@@ -128,7 +128,7 @@ def card(group: Group, key: str) -> Card | None:
         [*(component_entry(name) for name in components_of(lines)), *_kinds(measured)],
         panels,
         _table(lines, group),
-        [_left_out(line) for line in lines if len(places(line.longest)) < len(line.longest.components)],
+        _left_out(lines),
     )
 
 
@@ -139,10 +139,12 @@ def _kinds(measured: bool) -> list[Markup]:
     return [*both, plain_entry(filled, "filled: measured")] if measured else both
 
 
-def _left_out(line: Series) -> Row:
-    shown = {place.name for place in places(line.longest)}
-    names = ", ".join(name for name in line.longest.components if name not in shown)
-    return Row([f"{line.label}: without arithmetic, and so not shown: {names}"], f"m{line.method_number}")
+def _left_out(lines: Sequence[Series]) -> list[Row]:
+    names = dict.fromkeys(
+        name for line in lines for name in line.longest.components
+        if name not in {place.name for place in places(line.longest)}
+    )  # fmt: skip
+    return [Row([f"Without arithmetic, and so not shown: {', '.join(names)}"])] if names else []
 
 
 def _panel(line: Series, roofs: Roofs, spots: Sequence[tuple[float, float]], key: str) -> Markup:
@@ -166,10 +168,13 @@ def _panel(line: Series, roofs: Roofs, spots: Sequence[tuple[float, float]], key
     panel.y_axis("GFLOP/s", panel.y.ticks(6), lambda value: f"{value / GIGA:g}")
     for name, bandwidth in roofs.levels:
         panel.add(_slope(panel, name, bandwidth, roofs.matmul_flops_per_s))
-    panel.add(
-        _flat(panel, roofs.matmul_flops_per_s, min(ridges), "matrix peak"),
-        _flat(panel, roofs.vector_flops_per_s, roofs.vector_flops_per_s / roofs.levels[0][1], "vector peak"),
-    )
+    fastest = max(bandwidth for _, bandwidth in roofs.levels)
+    matrix, vector = roofs.matmul_flops_per_s, roofs.vector_flops_per_s
+    if matrix == vector:
+        panel.add(_flat(panel, matrix, matrix / fastest, "matrix and vector peak"))
+    else:
+        panel.add(_flat(panel, matrix, matrix / fastest, "matrix peak"))
+        panel.add(_flat(panel, vector, vector / fastest, "vector peak"))
     panel.add(*(_spot(panel, place) for place in places(line.longest)))
     return panel.svg()
 
