@@ -283,7 +283,8 @@ def _finite(value: Any) -> float | None:
 
 def _document(given: _Field, name: str, label: str) -> Document:
     if not isinstance(given.value, dict) or not {"schema_version", "results"} <= given.value.keys():
-        kind = "a hardware profile" if "profile_schema" in given.names() else "a file of another kind"
+        profile = isinstance(given.value, dict) and "profile_schema" in given.value
+        kind = "a hardware profile" if profile else "a file of another kind"
         raise InputError(f"{given.where} is {kind}, not a result: give a file of {WRITERS}")
     version = given.at("schema_version").value
     if version != SCHEMA_VERSION:
