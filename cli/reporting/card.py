@@ -72,15 +72,15 @@ class Card:
     def html(self) -> Markup:
         """The whole card."""
         notes = [tag("li", row.cells[0], class_=row.classes or None) for row in self.notes]
+        name = f"Legend of {self.title.lower()}"
+        legend = tag("ul", self.legend, class_="legend", aria_label=name) if self.legend else None
+        said = tag("ul", notes, class_="notes") if notes else None
         return tag(
             "figure",
             tag(
                 "figcaption",
-                tag("h3", self.title),
-                tag("p", self.reading, class_="reading"),
-                tag("ul", self.legend, class_="legend", aria_label=f"Legend of {self.title.lower()}")
-                if self.legend else None,
-                tag("ul", notes, class_="notes") if notes else None,
+                tag("div", tag("h3", self.title), tag("p", self.reading, class_="reading")),
+                tag("div", legend, said) if legend or said else None,
             ),
             tag("div", self.panels, class_="panels") if self.panels else None,
             tag("details", tag("summary", "Figures as a table"), self.table.html(), class_="figures")

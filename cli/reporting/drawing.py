@@ -25,6 +25,7 @@ class Panel:
         self.key, self.title, self.name, self.description, self.classes = key, title, name, description, classes
         self.under: list[Markup] = []
         self.marks: list[Markup] = []
+        self._notes: list[tuple[float, float, float]] = []  # middle, height, width of the notes beside marks
         self.left, self.right, self.top, self.bottom = LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM
 
     # --- axes -------------------------------------------------------------------------------------------------------
@@ -72,6 +73,18 @@ class Panel:
 
     def text(self, x: float, y: float, text: str, classes: str) -> Markup:
         return tag("text", text, x=x, y=y, class_=classes)
+
+    def note(self, x: float, y: float, text: str, classes: str) -> Markup:
+        """A few letters beside a mark, on the side where there is room; nothing where other notes leave none."""
+        wide = LETTER * len(text)
+        for left, up in ((x + 6, y - 5), (x - 6 - wide, y - 5), (x + 6, y + 12), (x - 6 - wide, y + 12)):
+            apart = all(
+                abs(left + wide / 2 - at) > (wide + other) / 2 or abs(up - high) > 11 for at, high, other in self._notes
+            )
+            if apart and left >= self.left and left + wide <= self.right and self.top + 3 <= up <= self.bottom:
+                self._notes.append((left + wide / 2, up, wide))
+                return self.text(left, up, text, classes)
+        return Markup("")
 
     def add(self, *marks: Markup) -> None:
         self.marks += marks

@@ -17,7 +17,7 @@ from .reading import Result
 from .scales import Linear, around
 
 EXACT = 1e-5  # relative error up to which an output differs by rounding alone; drawn on the lowest line
-WIDE = 30  # largest figure over smallest from which an axis is logarithmic
+WIDE = 10  # largest figure over smallest from which an axis is logarithmic
 
 
 @dataclass(frozen=True)
@@ -198,10 +198,8 @@ def _curve(
             f"{point.words}: {figure.name} {figure.text(point.result.fidelity[figure.key])}, {_cost_text(point, cost)}"
         )
         marks.append(tag("path", hint(text), d=outline(series.number, x, y, 3.8), class_="mark"))
-        left = x > panel.right - 30
-        label = panel.text(x + (-6 if left else 6), y - 5, point.short, f"tick halo own{' end' if left else ''}")
-        if height(point) != exact or point.result.knob:
-            marks.append(label)
+        if point.result.knob or (height(point) != exact and not point.result.curve):
+            marks.append(panel.note(x, y, point.short, "tick halo own"))
     return tag("g", marks, class_=f"{series_class(series.number)} m{series.method_number}")
 
 
