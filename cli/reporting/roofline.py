@@ -9,7 +9,7 @@ from typing import Any
 
 from costmodel.hardware import presets
 
-from ..render import BYTE_RATES, FLOP_RATES, number, quantity
+from ..render import BYTE_RATES, FLOP_RATES, number, quantity, unit_for
 from .breakdown import components_of
 from .card import Card, Row, Table, component_entry, plain_entry
 from .drawing import Panel, hint
@@ -165,7 +165,8 @@ def _panel(line: Series, roofs: Roofs, spots: Sequence[tuple[float, float]], key
     panel.log_x(low, high)
     panel.log_y(*around([*(rate for _, rate in spots), roofs.matmul_flops_per_s, roofs.vector_flops_per_s], 0.08))
     panel.x_axis("FLOP per byte", panel.x.ticks(6), lambda value: f"{value:g}")
-    panel.y_axis("GFLOP/s", panel.y.ticks(6), lambda value: f"{value / GIGA:g}")
+    name, factor = unit_for(FLOP_RATES, roofs.matmul_flops_per_s)
+    panel.y_axis(name, panel.y.ticks(6), lambda value: f"{value / factor:g}")
     for name, bandwidth in roofs.levels:
         panel.add(_slope(panel, name, bandwidth, roofs.matmul_flops_per_s))
     fastest = max(bandwidth for _, bandwidth in roofs.levels)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,10 +22,11 @@ from effref.reporting.roofline import roofs_of
 from effref.reporting.scales import Linear, Log
 from effref.reporting.speedup import crossovers
 from effref.results import errors
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from costmodel.hardware import presets
+from refimpl.errors import InputError
 
 from .conftest import error_of
 
@@ -184,6 +187,41 @@ def test_a_wrong_value_is_named(effref: Run, tmp_path: Path, kind: str) -> None:
     assert "wrong.json" in message
     assert reason in message
     assert not (tmp_path / "page.html").exists()
+
+
+ODD = (None, 0, -1, 1e30, 1e-30, 1e31, True, "", "text", [], {}, [1], {"a": 1}, {"median": None})
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every key or index of every object and list, with what holds it."""
+    for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield value, key
+        yield from places(value[key])
+
+
+@pytest.mark.parametrize("path", [MEASURED, FIDELITY], ids=["measure", "fidelity"])
+@given(share=st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=3), odd=st.sampled_from(ODD))
+@settings(max_examples=40, deadline=None)
+def test_whatever_stands_in_a_file_makes_a_page_or_one_line(path: Path, share: list[float], odd: Any) -> None:
+    document = json.loads(path.read_text("utf-8"))
+    document["results"] = document["results"][1::4]
+    document["hardware"]["residuals"] = None
+    known = list(places(document))
+    for one in share:
+        held, key = known[int(one * len(known))]
+        held[key] = odd
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "odd.json"
+        place.write_text(json.dumps(document), "utf-8")
+        try:
+            made = report([place])
+        except InputError as error:
+            made = f"refused: {error}"
+    if made.startswith("refused"):
+        assert "odd.json" in made
+        assert "\n" not in made
+    else:
+        assert not re.search(r"[ M,(\"](nan|-?inf)\b", made)
 
 
 def test_files_that_cannot_be_read_are_named(effref: Run, tmp_path: Path) -> None:
