@@ -454,6 +454,12 @@ def test_roofs_are_those_of_the_file_else_of_the_preset_else_left_out(tmp_path: 
 
         return change
 
+    def halve(document: dict[str, Any]) -> None:
+        document["hardware"]["matmul_flops_per_s"]["float32"] /= 2
+
+    own = roofs_of(read_all([changed(estimated, tmp_path, halve, "own.json")])[0])
+    assert own is not None
+    assert own.matmul_flops_per_s == presets()["xeon-8480"].matmul_flops_per_s["float32"] / 2
     (named,) = read_all([changed(estimated, tmp_path, forget("h100-sxm"), "named.json")])
     preset = roofs_of(named)
     assert preset is not None
