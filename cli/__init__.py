@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .guideline import guideline
     from .measurement import measure
     from .preparation import prepare
+    from .reporting.page import report
     from .sweeping import sweep
     from .threshold_training import train_thresholds
 
@@ -32,6 +33,7 @@ __all__ = [
     "guideline",
     "measure",
     "prepare",
+    "report",
     "sweep",
     "train_thresholds",
 ]
@@ -44,6 +46,7 @@ _HOME = {
     "guideline": ".guideline",
     "measure": ".measurement",
     "prepare": ".preparation",
+    "report": ".reporting.page",
     "sweep": ".sweeping",
     "train_thresholds": ".threshold_training",
 }

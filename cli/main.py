@@ -22,6 +22,7 @@ COMMANDS = {
     "calibrate": ".command_calibrate",
     "crossover": ".command_crossover",
     "fidelity": ".command_fidelity",
+    "report": ".command_report",
     "prepare": ".command_prepare",
     "guideline": ".command_guideline",
     "train-thresholds": ".command_train_thresholds",
