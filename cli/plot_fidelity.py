@@ -151,6 +151,7 @@ class Panels:
                 sizes = [memory(result)[1] / memory(exact)[1] for result in results]
                 axes.plot(x, sizes, **{**style, "linestyle": "--", "markerfacecolor": "none"})
         axes.axhline(1.0, color=EXACT, linewidth=0.8, linestyle=":")
+        axes.margins(y=0.1)
         axes.set_ylim(bottom=0)
         axes.set_ylabel("share of dense")
         both = f"solid, filled: {kind} time; dashed, hollow: size of the {name}"
