@@ -138,22 +138,49 @@ def _profile(found: dict[str, Any]) -> list[Block]:
         [
             f"{row['tau']:g}", part(row["hit_rate"]), number(1e3 * row["seconds_per_batch"]),
             number(row["speedup_dense"]), number(row["speedup_flash"]), number(row["predicted_speedup_dense"]),
+            str(len(row["selected"])), number(row["selected_speedup_dense"]),
             render.small(row["rel_l2"]), render.cosine(row["cosine"]),
         ]
         for row in found["thresholds"]
     ]  # fmt: skip
-    headers = ["tau", "hits %", "batch ms", "x dense", "x flash", "x dense, pred.", "rel. L2", "cosine"]
+    headers = [
+        "tau", "hits %", "batch ms", "x dense", "x flash", "x dense, pred.", "layers that pay", "x dense in those",
+        "rel. L2", "cosine",
+    ]  # fmt: skip
+    shares = ("reduction", "predicted_reduction", "predicted_ceiling", "pass_reduction")
+    attention = [
+        [
+            row["transfer"], *(number(1e3 * row[name]) for name in ("dense_s", "attmemo_s", "fetch_s")),
+            *(part(row[name]) for name in shares),
+        ]
+        for row in found["all_hit"]
+    ]  # fmt: skip
     layers = [
         [
-            str(row["layer"]), part(row["hit_rate"]), number(1e3 * row["attention_s"]),
-            number(1e3 * row["overhead_s"]), _signed(row["benefit_s"]), _signed(row["predicted_benefit_s"]),
+            str(row["layer"]), part(row["hit_rate"]), number(1e3 * row["dense_s"]), number(1e3 * row["attention_s"]),
+            number(1e3 * row["memo_s"]), _signed(row["benefit_s"]), _signed(row["predicted_benefit_s"]),
         ]
         for row in found["layers"]
     ]  # fmt: skip
-    about = ["layer", "hits %", "spared ms", "look-up ms", "benefit ms", "benefit ms, pred."]
+    about = ["layer", "hits %", "dense ms", "attmemo ms", "of which memo", "benefit ms", "benefit ms, pred."]
     return [
         Table(head, headers, rows, left=0),
-        Table(f"layers at tau={found['tau']:g}: benefit = spared x hits - look-up", about, layers, left=0),
+        Table(
+            "attention where all hit: how much shorter than dense; the ceiling is the prediction without look-ups",
+            [
+                "maps",
+                "dense ms",
+                "attmemo ms",
+                "of which fetch",
+                "less %",
+                "less %, pred.",
+                "ceiling %, pred.",
+                "whole pass, less %",
+            ],
+            attention,
+            left=1,
+        ),
+        Table(f"attention by layer, of a batch, at tau={found['tau']:g}", about, layers, left=0),
     ]
 
 

@@ -8,7 +8,7 @@ comparison come first and are not counted: they compile and touch new memory.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,11 +18,13 @@ import numpy as np
 
 from costmodel.closed_form import Estimate
 from costmodel.hardware import Hardware
+from costmodel.ops import visible_pairs
 from costmodel.predict import Prediction, predict
 from refimpl.cache import Cache
 from refimpl.config import DTYPES, ModelConfig
 from refimpl.errors import ConfigError, InputError, UnsupportedError
 from refimpl.model import Prepared, Runner
+from refimpl.recorder import Call
 from refimpl.weights import Model, load_model
 
 from . import context, machines, results
@@ -346,10 +348,13 @@ class Bench:
     def _compared(self, point: Point) -> Candidate:
         ready = self._prepared(point)
         found = self._fidelity(point, ready)
-        prefill = predict(self.request.estimate(point.method, self.material.length, ready.parameters), self.hardware)
+        parameters = ready.parameters
+        if "kept" in found:
+            parameters = parameters.with_kept(found["kept"])
+        prefill = predict(self.request.estimate(point.method, self.material.length, parameters), self.hardware)
         step = None
         if self.decoding:
-            step = predict(self.decoding.estimate(point.method, self.kv_len, ready.parameters), self.hardware)
+            step = predict(self.decoding.estimate(point.method, self.kv_len, parameters), self.hardware)
         return Candidate(point, ready, found, prefill, step)
 
     def _prepared(self, point: Point) -> Prepared:
@@ -364,8 +369,11 @@ class Bench:
         material = self.material
         outputs = Agreement()
         tokens = NextToken() if self.request.config.head else None
+        filtered = np.zeros(2, np.int64)
         for index, sequence in enumerate(material.sequences):
-            output = self.runner(sequence[None], ready, record=False).output[0, : material.valid]  # (T, d) or (T, V)
+            run = self.runner(sequence[None], ready)
+            filtered += kept_and_visible(run.calls)
+            output = run.output[0, : material.valid]  # (T, d) or (T, V)
             if not np.isfinite(output).all():
                 raise InputError(
                     f"the output of {point.name} holds NaN or infinite values in {self.request.dtype}: check weights "
@@ -380,6 +388,7 @@ class Bench:
         positions = len(material.sequences) * material.valid
         return {
             "reference": REFERENCE, "positions": positions, **outputs.figures(), **(tokens.figures() if tokens else {}),
+            **({"kept": float(filtered[0] / filtered[1])} if filtered[1] else {}),
         }  # fmt: skip
 
     # --- time -------------------------------------------------------------------------------------------------------
@@ -461,6 +470,16 @@ class Bench:
         predicted = {name: float(prediction(other).total.seconds) for name, other in compared.items()}
         medians = {name: float(np.median(seconds(other))) for name, other in compared.items() if seconds(other)}
         return results.speedups(predicted, medians, "")
+
+
+def kept_and_visible(calls: Iterable[Call]) -> tuple[int, int]:
+    """Pairs of query and key that filters kept, and those that were visible to them; 0 and 0 where nothing filters."""
+    kept = visible = 0
+    for sizes in (dict(call.sizes) for call in calls):
+        if "kept" in sizes:
+            kept += sizes["kept"]
+            visible += sizes["maps"] * visible_pairs(sizes["q_len"], sizes["k_len"], sizes["causal"])
+    return kept, visible
 
 
 def _whole(request: Request, one: Candidate, prediction: Any, seconds: list[float]) -> dict[str, Any]:

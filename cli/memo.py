@@ -14,14 +14,16 @@ import numpy as np
 import costmodel
 from costmodel.hardware import Hardware
 from costmodel.predict import predict
-from refimpl.components import MEMO, QKV, SCORES, SOFTMAX
+from refimpl.components import MEMO, OUTPUT, POSITIONS, QKV, SCORES, SOFTMAX, WEIGHTED_SUM
 from refimpl.config import Workload
 from refimpl.engines import engine as get_engine
 from refimpl.errors import ConfigError, InputError
 from refimpl.inputs import read_text, sample, text_windows
 from refimpl.memo.building import Plan, build, describe
 from refimpl.memo.database import Database, Writer
+from refimpl.memo.mapping import can_map
 from refimpl.memo.memo import Memo
+from refimpl.memo.selection import paying
 from refimpl.methods.subject import Subject
 from refimpl.model import Run, Runner
 from refimpl.weights import Model, load_model
@@ -32,6 +34,7 @@ from .context import cores
 from .progress import Progress
 
 SAMPLES = ("moby-dick", "union")  # the texts that come along
+SUBLAYER = (QKV, POSITIONS, MEMO, SCORES, SOFTMAX, WEIGHTED_SUM, OUTPUT)  # the parts of an attention sublayer
 
 
 @dataclass(frozen=True)
@@ -163,14 +166,27 @@ def profile_database(
     chosen = machines.find(hardware) or machines.local("numba", cores(), memo.about.dtype, progress)
     bench = _Bench(memo, Runner(model, engine), batches, chosen, repeats, progress, transfer)
     levels = sorted({*taus, tau, 0.0}, reverse=True)
-    methods = {"dense": bench.runner.prepare("dense"), "flash": bench.runner.prepare("flash")}
-    methods |= {str(level): bench.ready(tau=level) for level in levels}
-    runs = bench.passes(methods)
+    baselines = {name: bench.runner.prepare(name) for name in ("dense", "flash")}
+    everywhere = {level: bench.ready(tau=level, select="all") for level in levels}
+    names = ("copy", "map") if can_map(memo.records(0)) else ("copy",)
+    transfers = {f"0.0 {name}": bench.ready(tau=0.0, select="all", transfer=name) for name in names}
+    runs = bench.passes({**baselines, **{str(level): ready for level, ready in everywhere.items()}, **transfers})
+    layers = {level: _layers(bench, everywhere[level].parameters, runs, str(level)) for level in levels}
+    chosen_layers = {level: paying(rows) for level, rows in layers.items()}
+    where = {str(level): bench.ready(tau=level, layers=found) for level, found in chosen_layers.items() if found}
+    again = bench.passes({"dense": baselines["dense"], **where}) if where else {}
     found = {
         "folder": str(folder), "model": name, "length": memo.about.length, "batch": batch, "transfer": transfer,
         "records": memo.count, "held_out": sum(map(len, batches)), "tau": tau, "hardware": chosen.name,
-        "thresholds": [_threshold(bench, level, methods[str(level)], runs) for level in levels],
-        "layers": _layers(bench, methods[str(tau)].parameters, runs),
+        "thresholds": [
+            {
+                **_threshold(bench, level, everywhere[level], runs, again), "selected": list(chosen_layers[level]),
+                "layers": layers[level],
+            }
+            for level in levels
+        ],
+        "all_hit": [_all_hit(bench, runs, transfer) for transfer in names],
+        "layers": layers[tau],
     }  # fmt: skip
     if keep:
         with Writer(folder) as writer:
@@ -193,52 +209,93 @@ def _batches(ids: np.ndarray, batch: int) -> list[np.ndarray]:
     return [ids[start : start + batch] for start in range(0, len(ids) - batch + 1, batch)]
 
 
-def _threshold(bench: _Bench, tau: float, ready: Any, runs: dict[str, list[Run]]) -> dict[str, Any]:
-    """One row: what hits, how long it takes, how far the output is off."""
+def _threshold(
+    bench: _Bench, tau: float, ready: Any, runs: dict[str, list[Run]], again: dict[str, list[Run]]
+) -> dict[str, Any]:
+    """One row: what hits, how long it takes in all layers and in selected ones, how far the output is off."""
     agreement, mine = Agreement(), runs[str(tau)]
     for run, exact in zip(mine, runs["dense"], strict=True):
         for output, reference in zip(run.output, exact.output, strict=True):
             agreement.add(output, reference)
     rates = ready.parameters.hit_rate or (0.0,) * bench.memo.about.layers
-    seconds = {name: sum(run.seconds for run in runs[name]) for name in ("dense", "flash")}
-    own = sum(run.seconds for run in mine)
     cost = costmodel.estimate("attmemo", bench.runner.config, bench.workload, ready.parameters)
     exact_cost = costmodel.estimate("dense", bench.runner.config, bench.workload)
     theirs, predicted = (float(predict(one, bench.hardware).total.seconds) for one in (exact_cost, cost))
     return {
         "tau": tau, "hit_rate": float(np.mean(rates)), "hit_rates": [float(rate) for rate in rates],
-        "seconds_per_batch": own / len(mine), "speedup_dense": seconds["dense"] / own,
-        "speedup_flash": seconds["flash"] / own, "predicted_speedup_dense": theirs / predicted,
+        "seconds_per_batch": _seconds(mine) / len(mine), "speedup_dense": _seconds(runs["dense"]) / _seconds(mine),
+        "speedup_flash": _seconds(runs["flash"]) / _seconds(mine), "predicted_speedup_dense": theirs / predicted,
+        # In the layers that pay; where none does, that is dense attention.
+        "selected_speedup_dense": _seconds(again["dense"]) / _seconds(again[str(tau)]) if str(tau) in again else 1.0,
         **{key: agreement.figures()[key] for key in ("rel_l2", "cosine")},
     }  # fmt: skip
 
 
-def _layers(bench: _Bench, parameters: Any, runs: dict[str, list[Run]]) -> list[dict[str, Any]]:
-    """``PB = T_attention alpha - T_overhead`` of each layer, for a batch: as measured and as predicted.
+def _seconds(runs: list[Run]) -> float:
+    return sum(run.seconds for run in runs)
 
-    T_attention is what a hit spares (query and key projections, scores, softmax), T_overhead what a look-up takes
-    (embedding, search, transfer), both from passes where all hit and where none is looked up, alike for all layers.
+
+def _layers(bench: _Bench, parameters: Any, runs: dict[str, list[Run]], level: str) -> list[dict[str, Any]]:
+    """What looking up gains in each layer, for a batch: the attention of `dense` less that with look-ups.
+
+    As measured, with everything that a look-up takes (embedding, search, transfer, and taking a batch apart where some
+    hit and others do not), and as predicted for the measured hit rate.
     """
     layers = bench.memo.about.layers
-    all_hit = runs[str(0.0)]
-    parts = (QKV, SCORES, SOFTMAX)
-
-    def mean(of: list[Run], *components: str) -> float:
-        return sum(run.breakdown.get(one, 0.0) for run in of for one in components) / (len(of) * layers)
-
-    spared, overhead = mean(runs["dense"], *parts) - mean(all_hit, *parts), mean(all_hit, MEMO)
-    predictions = {}
-    for name, params in (("dense", None), ("attmemo", {"database": bench.memo, "transfer": bench.transfer})):
-        cost = costmodel.estimate(name, bench.runner.config, bench.workload, params)
-        seconds = predict(cost, bench.hardware).by_component()
-        predictions[name] = {one: float(part.seconds) / layers for one, part in seconds.items()}
-    predicted_overhead = predictions["attmemo"][MEMO]
-    predicted_spared = sum(predictions["dense"].get(one, 0.0) - predictions["attmemo"].get(one, 0.0) for one in parts)
+    exact, own = (np.mean([attention_seconds(run, layers) for run in runs[name]], axis=0) for name in ("dense", level))
+    look_up = np.mean([attention_seconds(run, layers, (MEMO,)) for run in runs[level]], axis=0)
+    rates = parameters.hit_rate or (0.0,) * layers
+    predicted = {rate: _predicted_attention(bench, rate) for rate in {*rates}}
+    predicted_exact = _predicted_attention(bench, None)[0]
     return [
         {
-            "layer": layer, "hit_rate": parameters.hit_rate[layer], "attention_s": spared, "overhead_s": overhead,
-            "benefit_s": spared * parameters.hit_rate[layer] - overhead,
-            "predicted_benefit_s": predicted_spared * parameters.hit_rate[layer] - predicted_overhead,
+            "layer": layer, "hit_rate": float(rates[layer]), "dense_s": float(exact[layer]),
+            "attention_s": float(own[layer]), "memo_s": float(look_up[layer]),
+            "benefit_s": float(exact[layer] - own[layer]),
+            "predicted_benefit_s": predicted_exact - predicted[rates[layer]][0],
         }
         for layer in range(layers)
     ]  # fmt: skip
+
+
+def attention_seconds(run: Run, layers: int, components: Sequence[str] = SUBLAYER) -> np.ndarray:
+    """Seconds of the attention sublayer of each layer, (L,); a layer ends with its output projection."""
+    seconds, layer = np.zeros(layers), 0
+    for call in run.calls:
+        if call.component in components:
+            seconds[layer] += call.seconds
+        layer += int(call.component == OUTPUT and call.op == "linear")
+        if layer == layers:
+            break
+    return seconds
+
+
+def _predicted_attention(bench: _Bench, rate: float | None, transfer: str | None = None) -> tuple[float, float]:
+    """Predicted seconds of a layer's attention at a hit rate, `dense` for None; in all, and of look-ups alone."""
+    transfer = transfer or bench.transfer
+    params = {"database": bench.memo, "transfer": transfer, "tau": 0.0, "select": "all", "hit_rate": rate}
+    name, given = ("dense", None) if rate is None else ("attmemo", params)
+    cost = costmodel.estimate(name, bench.runner.config, bench.workload, given)
+    parts = predict(cost, bench.hardware).by_component()
+    seconds = {one: float(part.seconds) / bench.memo.about.layers for one, part in parts.items()}
+    return sum(seconds.get(one, 0.0) for one in SUBLAYER), seconds.get(MEMO, 0.0)
+
+
+def _all_hit(bench: _Bench, runs: dict[str, list[Run]], transfer: str) -> dict[str, Any]:
+    """How much shorter attention becomes where every sequence hits: measured, predicted, and at most.
+
+    The ceiling is the prediction without what look-ups take: queries, keys, scores and softmax are all that a stored
+    map can spare.
+    """
+    layers, mine = bench.memo.about.layers, runs[f"0.0 {transfer}"]
+    exact, own = (np.mean([attention_seconds(run, layers).sum() for run in of]) for of in (runs["dense"], mine))
+    predicted_exact, _ = _predicted_attention(bench, None)
+    predicted, look_up = _predicted_attention(bench, 1.0, transfer)
+    fetch = sum(call.seconds for run in mine for call in run.calls if call.op == "fetch")
+    return {
+        "transfer": transfer, "fetch_s": fetch / len(mine),
+        "dense_s": float(exact), "attmemo_s": float(own), "reduction": float(1 - own / exact),
+        "predicted_reduction": 1 - predicted / predicted_exact,
+        "predicted_ceiling": 1 - (predicted - look_up) / predicted_exact,
+        "pass_reduction": 1 - _seconds(mine) / _seconds(runs["dense"]),
+    }  # fmt: skip

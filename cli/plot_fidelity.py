@@ -1,16 +1,23 @@
-"""Draws fidelity against cost: the chief figure over time, memory and knob, and time and memory over the knob."""
+"""Draws fidelity against cost: the chief figure over time, memory and knob, and time and memory over the knob.
+
+Of a method that filters pairs, the measured share of them that it kept stands in the place of the knob, so that curves
+of different knobs can be compared; memory, which a filter leaves alone, makes room for a second figure.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from refimpl.parameters import PARAMETERS
 
 from .curves import plain
 from .figures import COLOURS, MARKERS, figure
 from .plot import title
 from .render import CAPACITIES, SECONDS, Unit, quantity, unit_for
 from .render_fidelity import (
+    FIGURES,
     baselines_of,
     chief,
     chief_words,
@@ -25,6 +32,8 @@ from .render_fidelity import (
 )
 
 Results = Sequence[Mapping[str, Any]]
+KEPT = "kept share of the visible pairs, %"
+TICKS = (1, 2, 5, 10, 15, 20, 30, 50, 100)  # of that axis
 WIDE = 30  # largest figure over smallest from which the axis is logarithmic
 EXACT = "#555555"
 
@@ -46,6 +55,7 @@ def describe(document: Mapping[str, Any]) -> str:
     points = [
         f"{' '.join([result['curve'], setting(result)]).strip()}: {metric_text(result)}, "
         f"{quantity(seconds(chief(result), timed), SECONDS)}, {quantity(memory(result)[1], CAPACITIES)}"
+        + (f", {100 * result['fidelity']['kept']:.1f} % kept" if "kept" in result["fidelity"] else "")
         for result in results
     ]
     words = f"{metric(results[0])[0]} against {kind} time of {chief_words(results[0])} and {memory(results[0])[0]} size"
@@ -64,6 +74,7 @@ class Panels:
         self.time_unit = unit_for(SECONDS, min(self._seconds(result) for result in results))
         self.memory_unit = unit_for(CAPACITIES, min(memory(result)[1] for result in results))
         self.metric = metric(results[0])[0]
+        self.filters = all("kept" in result["fidelity"] for curve in self.curves.values() for result in curve)
         self.places = _places([result["value"] for curve in self.curves.values() for result in curve])
 
     def draw(self) -> None:
@@ -72,10 +83,18 @@ class Panels:
         kind = "measured" if self.timed else "predicted"
         self._against(over_time, self._seconds, self.time_unit, f"{kind} time of {chief_words(self.results[0])}")
         name = memory(self.results[0])[0]
-        self._against(over_memory, lambda result: memory(result)[1], self.memory_unit, f"size of the {name}")
-        self._over_knob(over_knob)
+        if self.filters:
+            second = "kl_nats" if "kl_nats" in self.results[0]["fidelity"] else "cosine"
+            self._over_knob(over_memory, lambda result: float(result["fidelity"][second]))
+            over_memory.set_ylabel(FIGURES[second][0])
+            over_memory.grid(alpha=0.3)
+        else:
+            self._against(over_memory, lambda result: memory(result)[1], self.memory_unit, f"size of the {name}")
+            over_memory.set_ylabel(self.metric)
+            self._scale(over_memory)
+        self._over_knob(over_knob, self._value)
         self._costs(costs, kind, name)
-        for axes in (over_time, over_memory, over_knob):
+        for axes in (over_time, over_knob):
             axes.set_ylabel(self.metric)
             self._scale(axes)
 
@@ -93,12 +112,13 @@ class Panels:
         axes.grid(alpha=0.3)
 
     def _against(self, axes: Any, cost: Any, unit: Unit, label: str) -> None:
-        """The figure over a cost; every point carries the value of its knob."""
+        """The figure over a cost; every point carries the value of its knob, where no axis has it."""
         name, factor = unit
         for place, ((curve, knob), results) in enumerate(self.curves.items()):
             x, y = [cost(result) / factor for result in results], [self._value(result) for result in results]
-            axes.plot(x, y, **_style(place), label=f"{curve}, by {knob}")
-            for result, at in zip(results, zip(x, y, strict=True), strict=True):
+            axes.plot(x, y, **_style(place), label=_label(results[0]["method"], curve, knob))
+            marked = [] if self.filters else zip(results, zip(x, y, strict=True), strict=True)
+            for result, at in marked:
                 axes.annotate(
                     plain(result["value"]), at, xytext=(4, 4), textcoords="offset points", fontsize=8,
                     color=_style(place)["color"],
@@ -109,37 +129,62 @@ class Panels:
         axes.margins(0.08)
         axes.set_xlabel(f"{label}, {name}")
 
-    def _over_knob(self, axes: Any) -> None:
+    def _over_knob(self, axes: Any, value: Callable[[Mapping[str, Any]], float]) -> None:
         for place, results in enumerate(self.curves.values()):
-            axes.plot(self._knob(results), [self._value(result) for result in results], **_style(place))
-        axes.axhline(self._value(self.results[0]), color=EXACT, linewidth=0.8, linestyle=":")
+            ordered = self._in_order(results)
+            axes.plot(self._knob(ordered), [value(result) for result in ordered], **_style(place))
+        axes.axhline(value(self.results[0]), color=EXACT, linewidth=0.8, linestyle=":")
+        x, side = (0.0, "left") if self.filters else (1.0, "right")  # all kept, at the right, is where curves end
         axes.annotate(
-            "exact", (1.0, self._value(self.results[0])), xycoords=("axes fraction", "data"), xytext=(0, 3),
-            textcoords="offset points", horizontalalignment="right", color=EXACT,
+            "exact", (x, value(self.results[0])), xycoords=("axes fraction", "data"), xytext=(0, 3),
+            textcoords="offset points", horizontalalignment=side, color=EXACT,
         )  # fmt: skip
         self._knob_axis(axes)
 
     def _costs(self, axes: Any, kind: str, name: str) -> None:
         """Time (solid) and memory (dashed, hollow), both over those of exact attention."""
         exact = self.results[0]
-        for place, results in enumerate(self.curves.values()):
+        for place, results in enumerate(map(self._in_order, self.curves.values())):
             x, style = self._knob(results), _style(place)
             axes.plot(x, [self._seconds(result) / self._seconds(exact) for result in results], **style)
-            sizes = [memory(result)[1] / memory(exact)[1] for result in results]
-            axes.plot(x, sizes, **{**style, "linestyle": "--", "markerfacecolor": "none"})
+            if not self.filters:
+                sizes = [memory(result)[1] / memory(exact)[1] for result in results]
+                axes.plot(x, sizes, **{**style, "linestyle": "--", "markerfacecolor": "none"})
         axes.axhline(1.0, color=EXACT, linewidth=0.8, linestyle=":")
+        axes.margins(y=0.1)
         axes.set_ylim(bottom=0)
         axes.set_ylabel("share of dense")
-        axes.set_title(f"solid, filled: {kind} time; dashed, hollow: size of the {name}", fontsize=9)
+        both = f"solid, filled: {kind} time; dashed, hollow: size of the {name}"
+        axes.set_title(f"{kind} time of {chief_words(exact)}" if self.filters else both, fontsize=9)
         axes.grid(alpha=0.3)
         self._knob_axis(axes)
 
+    def _in_order(self, results: Results) -> Results:
+        """As the knob was turned; by kept share where methods filter."""
+        return sorted(results, key=lambda result: self._knob([result])) if self.filters else results
+
     def _knob(self, results: Results) -> list[float]:
+        if self.filters:
+            return [100 * result["fidelity"]["kept"] for result in results]
         return [self.places[plain(result["value"])] for result in results]
 
     def _knob_axis(self, axes: Any) -> None:
+        if self.filters:
+            shares = [share for results in self.curves.values() for share in self._knob(results)]
+            ticks = [tick for tick in TICKS if min(shares) / 1.3 <= tick <= max(shares)]
+            axes.set_xscale("log")
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.set_xticks([], minor=True)
+            axes.set_xlabel(KEPT)
+            return
         axes.set_xticks(list(self.places.values()), list(self.places), fontsize=8)
         axes.set_xlabel(" or ".join(dict.fromkeys(knob for _, knob in self.curves)) or "no knob")
+
+
+def _label(method: str, curve: str, knob: str) -> str:
+    """A curve in the legend: by its knob, or by what a curve over that is of."""
+    words = getattr(PARAMETERS[method], "CURVES", {})
+    return f"{curve}: {words[knob]}" if knob in words else f"{curve}, by {knob}"
 
 
 def _style(place: int) -> dict[str, Any]:

@@ -167,6 +167,7 @@ FIGURES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "rel_l2": ("rel. L2", small),
     "cosine": ("cosine", cosine),
     "max_abs": ("max abs", small),
+    "kept": ("kept %", lambda value: NONE if value is None else f"{100 * value:.1f}"),
 }
 OF_LOGITS, OF_HIDDEN_STATES = ("perplexity", "kl_nats", "top1_agreement", "rel_l2"), ("rel_l2", "cosine", "max_abs")
 
@@ -175,7 +176,11 @@ def _figures(results: Results) -> Columns:
     """Those that say most of this model's output."""
     first = results[0]["fidelity"]
     shown = [name for name in (OF_LOGITS if "kl_nats" in first else OF_HIDDEN_STATES) if name in first]
-    return [(FIGURES[name][0], [FIGURES[name][1](result["fidelity"][name]) for result in results]) for name in shown]
+    if any("kept" in result["fidelity"] for result in results):
+        shown = ["kept", *shown]
+    return [
+        (FIGURES[name][0], [FIGURES[name][1](result["fidelity"].get(name)) for result in results]) for name in shown
+    ]
 
 
 def _pass(results: Results, baselines: Sequence[str]) -> Table:
@@ -229,7 +234,7 @@ _WORK = (
 )  # fmt: skip
 _FIDELITY = (
     "reference", "positions", "rel_l2", "cosine", "max_abs", "kl_nats", "top1_agreement", "perplexity",
-    "perplexity_exact",
+    "perplexity_exact", "kept",
 )  # fmt: skip
 CSV_FIELDS = (
     "method", "curve", "knob", "value", "params", "seq", "batch", "phase", "device", "engine",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,25 +12,36 @@ from refimpl.methods.subject import Subject
 from refimpl.model import Runner, sequence_length
 from refimpl.parameters.attmemo import AttMemoParameters
 
+MARGIN = 0.05  # of the time of a layer's exact attention; less may be noise of the profile
+
 
 def selected(parameters: AttMemoParameters, subject: Subject) -> AttMemoParameters:
-    """With the layers where looking up pays by the profile of the database.
+    """With the layers where looking up pays by the profile of the database at this threshold.
 
     Raises
     ------
     ConfigError
-        If a selection is wanted and the database has no profile.
+        If a selection is wanted and the database was not profiled at this threshold.
     """
     if parameters.select == "all" or parameters.layers is not None:
         return parameters
     memo: Any = parameters.database
-    rows = memo.profile.get("layers", [])
+    profiled = {row["tau"]: row.get("layers", []) for row in memo.profile.get("thresholds", [])}
+    rows = profiled.get(parameters.tau, [])
+    if not rows and parameters.select == "auto":
+        return replace(parameters, select="all")
     if not rows:
         raise ConfigError(
-            f"select={parameters.select} needs a profile of the database: run 'effref memo profile', or give select=all"
+            f"select={parameters.select} needs a profile of the database at tau={parameters.tau:g}: run 'effref memo "
+            f"profile --taus {parameters.tau:g}', or give select=all"
         )
-    key = {"measured": "benefit_s", "model": "predicted_benefit_s"}[parameters.select]
-    return replace(parameters, layers=tuple(row["layer"] for row in rows if (row[key] or 0) > 0))
+    key = "predicted_benefit_s" if parameters.select == "model" else "benefit_s"
+    return replace(parameters, layers=paying(rows, key))
+
+
+def paying(rows: Sequence[Mapping[str, Any]], key: str = "benefit_s") -> tuple[int, ...]:
+    """The layers of a profile that gain more than `MARGIN` of the time of exact attention, measured or predicted."""
+    return tuple(row["layer"] for row in rows if row[key] > MARGIN * row["dense_s"])
 
 
 def counted(parameters: AttMemoParameters, subject: Subject) -> AttMemoParameters:

@@ -32,8 +32,10 @@ class AttMemoParameters:
     index: Literal["flat", "hnsw"] = parameter("flat", "exact search, or a graph of neighbours by Faiss")
     transfer: Literal["copy", "map"] = parameter("copy", "stored maps are copied, or mapped into memory (Linux)")
     skip_layers: int = parameter(0, "the first layers, so many, compute their maps")
-    select: Literal["all", "measured", "model"] = parameter(
-        "all", "layers that look up: all, or where it pays by the profile of the database, as measured or as predicted"
+    select: Literal["auto", "all", "measured", "model"] = parameter(
+        "auto",
+        "layers that look up: all, or where it pays by the profile of the database, as measured or as predicted; auto: "
+        "measured, but all where there is no profile at this tau",
     )
     layers: tuple[int, ...] | None = parameter(None, "instead of a selection: the layers that look up")
     padding: Literal["masked", "include"] = parameter(
@@ -53,7 +55,7 @@ class AttMemoParameters:
         require_choice("index", self.index, ("flat", "hnsw"))
         require_choice("transfer", self.transfer, ("copy", "map"))
         require_int("skip_layers", self.skip_layers, 0)
-        require_choice("select", self.select, ("all", "measured", "model"))
+        require_choice("select", self.select, ("auto", "all", "measured", "model"))
         require_choice("padding", self.padding, ("masked", "include"))
         require_choice("heads", self.heads, ("all", "first"))
         require_int("epochs", self.epochs, 0)
@@ -124,7 +126,8 @@ class AttMemoParameters:
         kept = f"{count} sequences of {about.length} positions"
         if self.own_inputs:
             return f"attmemo: a database was built of the run's own inputs ({kept}), so that every sequence is found"
-        return f"attmemo: {kept} in {self.database}"
+        where = "" if self.layers is None else f"; layers that look up: {', '.join(map(str, self.layers)) or 'none'}"
+        return f"attmemo: {kept} in {self.database}{where}"
 
     @property
     def own_inputs(self) -> bool:

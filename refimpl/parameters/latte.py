@@ -6,7 +6,7 @@ import math
 import os
 import reprlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from numbers import Real
 from typing import Any, ClassVar, Literal
@@ -47,6 +47,11 @@ class LatteParameters:
     """LATTE; `kept` = 1 or `gamma` = 0 filters nothing, and with ``stage2="float"`` is exact attention."""
 
     FILE: ClassVar[str] = "thresholds"  # the parameter that takes what `effref prepare` writes
+    CURVES: ClassVar[dict[str, str]] = {  # what a curve over a parameter is of
+        "kept": "the same quantile of each head",
+        "gamma": "one threshold for all heads",
+        "thresholds": "thresholds of files",
+    }
 
     kept: Any = parameter(  # noqa: RUF009  # a field like the others
         0.15, "part of the visible pairs that is kept, for all heads or [[one for each head], ...]; 1 filters nothing"
@@ -134,6 +139,10 @@ class LatteParameters:
             return (_fraction(self.kept),) * config.layers
         rows = self.kept if measured is None else measured
         return tuple(sum(map(_fraction, row), Fraction(0)) / len(row) for row in rows)
+
+    def with_kept(self, share: float) -> LatteParameters:
+        """With the share that a run kept, where none is known: one threshold for all heads says nothing of it."""
+        return replace(self, kept=share) if self.gamma else self
 
     def _kept_rows(self, config: ModelConfig) -> tuple[Row, ...]:
         return ((self.kept,) * config.heads,) * config.layers if isinstance(self.kept, Real) else self.kept

@@ -28,6 +28,8 @@ from refimpl.inputs import load_input, sample
 from refimpl.language import perplexity, windows
 from refimpl.methods import CATALOG
 from refimpl.model import Runner
+from refimpl.training.filter import Rule
+from refimpl.training.passes import TrainableModel
 
 from .conftest import error_of
 
@@ -172,6 +174,26 @@ def test_flash_is_exact_up_to_rounding(effref) -> None:
     found = in_json(effref(*REUSE, "--format", "json"))["results"]
     assert 0 < found[1]["fidelity"]["rel_l2"] < 1e-5
     assert found[1]["fidelity"]["top1_agreement"] == 1
+
+
+def test_kept_share_is_that_of_the_filter(ids: Path) -> None:
+    """Measured, against the filter that thresholds are trained with; and what is predicted is for that share."""
+    model, rows, gammas = load_model(TINY), np.load(ids), [0.0, 0.6, 1.0]
+    found = package.fidelity(
+        TINY, "latte", over={"latte": {"gamma": gammas}}, input_file=ids, engine="numpy", hardware="xeon-8480"
+    )["results"]
+    assert ["kept" in one["fidelity"] for one in found] == [False, False, True, True, True]
+    pairs = 4 * 6 * rows.shape[0] * 12 * 13 // 2  # layers, heads
+    for one, gamma in zip(found[2:], gammas, strict=True):
+        thresholds = np.full((4, 6), -math.log(gamma) if gamma else math.inf)
+        kept = [TrainableModel(model, Rule())(row[None, :-1], thresholds, gradient=False).kept for row in rows]
+        assert one["fidelity"]["kept"] == pytest.approx(np.mean(kept), abs=2 / pairs)  # two ties, at most
+        expected = package.estimate(
+            TINY, 12, "latte", {"latte": {"kept": one["fidelity"]["kept"]}}, hardware="xeon-8480"
+        )
+        assert one["total"]["matmul_flops"] == expected["results"][-1]["total"]["matmul_flops"]
+    assert found[2]["fidelity"]["kept"] == 1.0
+    assert 12 * 4 * 6 * 2 / pairs <= found[4]["fidelity"]["kept"] < found[3]["fidelity"]["kept"] < 1.0
 
 
 def test_padding_is_left_out() -> None:
@@ -555,6 +577,24 @@ def test_plot(effref, tmp_path: Path, suffix: str, timed: bool) -> None:
     if suffix == "svg":
         assert b"reuse share=probabilities, by group" in data  # the legend
     assert list(tmp_path.glob(".*")) == []
+
+
+def test_plot_of_a_filter_is_over_what_it_kept(effref, tmp_path: Path) -> None:
+    """Curves of two knobs share the axis of the measured share; files of thresholds are a curve of their own."""
+    pytest.importorskip("matplotlib")
+    plot, place = tmp_path / "plot.svg", tmp_path / "thresholds.json"
+    place.write_text(
+        json.dumps({"schema_version": 1, "method": "latte", "nibble": "floor", "thresholds": [[0.3] * 6] * 4})
+    )
+    over = ["--over", "latte.kept=0.5,0.2", "--over", "latte.gamma=0.9,0.5", "--over", f"latte.thresholds={place}"]
+    result = effref(*LANGUAGE, "--method", "latte", *over, "--seq", "9", "--plot", str(plot))
+    assert result.exit_code == 0, result.stderr
+    assert "kept %" in result.stdout
+    data = plot.read_text()
+    assert data.count("kept share of the visible pairs, %") == 3
+    for words in ("same quantile of each head", "one threshold for all heads", "thresholds of files", "% kept"):
+        assert words in data
+    assert "size of the cache" not in data
 
 
 def test_plot_of_a_model_without_a_head(effref, tmp_path: Path) -> None:

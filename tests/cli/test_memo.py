@@ -9,9 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+from effref import machines
+from effref.memo import attention_seconds
 
+import costmodel
+from costmodel.predict import predict
+from refimpl.config import Workload
 from refimpl.inputs import text_windows
 from refimpl.memo.database import Database
+from refimpl.memo.memo import Memo
+from refimpl.model import Run
+from refimpl.recorder import Call
 from refimpl.weights import load_model
 
 from .conftest import error_of
@@ -94,7 +102,11 @@ def test_build_inspect_profile_and_use(effref: Any, tmp_path: Path, text: Path, 
     assert rates[-1] == 1
     assert found["thresholds"][-1]["rel_l2"] > 0
     for row in found["layers"]:
-        assert row["benefit_s"] == pytest.approx(row["attention_s"] * row["hit_rate"] - row["overhead_s"])
+        assert row["benefit_s"] == pytest.approx(row["dense_s"] - row["attention_s"])
+        assert 0 < row["memo_s"] < row["attention_s"]
+    for row in found["thresholds"]:
+        assert row["selected"] == [one["layer"] for one in row["layers"] if one["benefit_s"] > 0.05 * one["dense_s"]]
+        assert row["selected"] or row["selected_speedup_dense"] == 1.0
     assert in_json(effref("memo", "inspect", place, "--format", "json"))["profile"]["tau"] == 0.9
     shown = [line.split() for line in effref("memo", "inspect", place).stdout.splitlines()]
     assert ["causal", "no"] in shown
@@ -104,6 +116,52 @@ def test_build_inspect_profile_and_use(effref: Any, tmp_path: Path, text: Path, 
     assert text_form.exit_code == 0
     assert "x dense" in text_form.stdout
     assert "benefit ms" in text_form.stdout
+
+
+def test_the_ceiling_is_the_prediction_without_look_ups(effref: Any, tmp_path: Path, text: Path, model: Path) -> None:
+    """Against sums over the components of two estimates; and the measured times against each other."""
+    place = str(tmp_path / "maps")
+    assert effref("memo", "build", place, "--model", str(model), "--input", str(text), *WINDOW).exit_code == 0
+    words = ["--taus", "0.9", "--batch", "2", "--repeats", "1", "--hardware", "xeon-8480"]
+    rows = in_json(effref("memo", "profile", place, *words, "--format", "json"))["all_hit"]
+    assert rows[0]["transfer"] == "copy"
+    config, workload = load_model(str(model)).config, Workload(seq=16, batch=2)
+    hardware = machines.find("xeon-8480")
+    for row in rows:
+        looked_up = {"database": Memo(place), "tau": 0.0, "transfer": row["transfer"]}
+        costs = (
+            costmodel.estimate("dense", config, workload),
+            costmodel.estimate("attmemo", config, workload, looked_up),
+        )
+        exact, own = (
+            {name: float(part.seconds) for name, part in predict(cost, hardware).by_component().items()}
+            for cost in costs
+        )
+        for parts in (exact, own):
+            for name in ("stem", "feed-forward", "norm", "residual"):
+                parts.pop(name)
+        assert row["predicted_reduction"] == pytest.approx(1 - sum(own.values()) / sum(exact.values()))
+        assert row["predicted_ceiling"] == pytest.approx(1 - (sum(own.values()) - own["memo"]) / sum(exact.values()))
+        assert row["predicted_reduction"] < row["predicted_ceiling"] < 1
+        assert row["reduction"] == pytest.approx(1 - row["attmemo_s"] / row["dense_s"])
+        assert 0 < row["fetch_s"] < row["attmemo_s"]
+    shown = effref("memo", "profile", place, *words, "--dry").stdout
+    assert "ceiling %, pred." in shown
+
+
+def test_attention_is_timed_layer_by_layer() -> None:
+    """A layer ends with its output projection; what follows, and other components, count for none."""
+    calls = [
+        Call(component, op, (), seconds)
+        for component, op, seconds in (
+            ("stem", "embed", 64.0), ("memo", "nearest", 1.0), ("qkv", "linear", 2.0), ("output", "linear", 4.0),
+            ("feed-forward", "linear", 64.0), ("scores", "scores", 8.0), ("output", "linear", 16.0),
+            ("qkv", "linear", 64.0),
+        )
+    ]  # fmt: skip
+    run = Run(np.zeros(1), 1.0, calls)
+    assert attention_seconds(run, 2).tolist() == [7.0, 24.0]
+    assert attention_seconds(run, 2, ("memo",)).tolist() == [1.0, 0.0]
 
 
 def test_a_build_that_is_run_again_changes_nothing(effref: Any, tmp_path: Path, text: Path, model: Path) -> None:

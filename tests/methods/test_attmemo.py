@@ -435,7 +435,7 @@ def test_without_inputs_there_is_nothing_to_look_up_in() -> None:
 
 def test_a_selection_needs_a_profile(kept: Callable[..., Any]) -> None:
     model, memo = kept(ENCODER)
-    with pytest.raises(ConfigError, match="run 'effref memo profile'"):
+    with pytest.raises(ConfigError, match="run 'effref memo profile --taus"):
         Runner(model, "numpy").prepare("attmemo", {"database": memo, "select": "measured"}, ids(2))
 
 
@@ -443,13 +443,22 @@ def test_a_selection_takes_the_layers_that_pay(tmp_path: Path) -> None:
     model = load_model(ENCODER)
     runner = Runner(model, "numpy")
     build(tmp_path / "db", Subject(model, runner.engine, ids(3)), Plan(Settings(0)), durable=False)
-    rows = [{"layer": i, "benefit_s": b, "predicted_benefit_s": p} for i, b, p in ((0, -1, 2), (1, 3, 0), (2, 1, -1))]
+    gains = ((0, -1, 2), (1, 3, 0.4), (2, 1, -1))  # 0.4 of 10 is within the margin
+    rows = [{"layer": i, "dense_s": 10, "benefit_s": b, "predicted_benefit_s": p} for i, b, p in gains]
+    at_tau = [{"tau": 0.9, "layers": rows}, {"tau": 0.0, "layers": [{**row, "benefit_s": -1} for row in rows]}]
     with Writer(tmp_path / "db", durable=False) as writer:
-        writer.note("profile", {"layers": rows})
+        writer.note("profile", {"thresholds": at_tau})
         writer.commit()
-    for select, layers in (("measured", (1, 2)), ("model", (0,)), ("all", None)):
-        given = {"database": str(tmp_path / "db"), "select": select}
+    for select, tau, layers in (
+        ("measured", 0.9, (1, 2)), ("model", 0.9, (0,)), ("all", 0.9, None), ("auto", 0.9, (1, 2)), ("auto", 0.5, None),
+    ):  # fmt: skip
+        given = {"database": str(tmp_path / "db"), "select": select, "tau": tau}
         assert runner.prepare("attmemo", given, ids(3)).parameters.layers == layers
+    with pytest.raises(ConfigError, match=r"at tau=0\.5: run 'effref memo profile --taus 0\.5'"):
+        runner.prepare("attmemo", {"database": str(tmp_path / "db"), "select": "measured", "tau": 0.5}, ids(3))
+    nothing_pays = {"database": str(tmp_path / "db"), "tau": 0.0}
+    output = runner(ids(3), runner.prepare("attmemo", nothing_pays, ids(3))).output
+    assert output.tobytes() == dense(model, ids(3)).tobytes()
 
 
 # --- databases of the run's own inputs ------------------------------------------------------------------------------

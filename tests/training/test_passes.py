@@ -24,6 +24,7 @@ MODELS = {
     "smollm2": override(preset("smollm2-135m"), **SIZES, kv_heads=2, head_dim=4, vocab=30),
     "gpt2": override(preset("gpt2"), **SIZES, vocab=30),
     "vit": replace(override(preset("deit-s"), **SIZES), features=5, max_positions=9),
+    "dinov2": replace(override(preset("dinov2-s"), **SIZES), features=5, max_positions=9),
     "whisper": replace(override(preset("whisper-tiny-en"), **SIZES), features=5, max_positions=9),
 }
 EXACT = Rule(estimate="exact", stage2="float")
@@ -228,7 +229,7 @@ def test_central_differences_find_a_known_gradient() -> None:
 
 
 @pytest.mark.models
-@pytest.mark.parametrize("name", ["minilm-l6", "smollm2-135m"])
+@pytest.mark.parametrize("name", ["minilm-l6", "smollm2-135m", "dinov2-s"])
 def test_pretrained_models_without_a_filter_are_dense(name: str) -> None:
     from refimpl.weights import pretrained
 
