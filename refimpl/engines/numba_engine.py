@@ -99,7 +99,7 @@ class NumbaEngine:
         if n_rows <= layout.FEW_ROWS and layout.readable(weight) is weight:
             bias = weight[:0, 0] if bias is None else layout.readable(bias)
             parts = layout.count(-(-d_out // few_rows.UNIT), weight.size)
-            few_rows.kernel_linear(layout.readable(flat_x), weight, bias, flat_y, parts, threads.board(parts))
+            few_rows.kernel_linear(layout.readable(flat_x), weight, bias, flat_y, parts)
             return y
         np.matmul(flat_x, weight.T, out=flat_y)
         if bias is not None:
@@ -370,7 +370,7 @@ class NumbaEngine:
             p, v = np.ascontiguousarray(weights), layout.readable(v)
             ranges = layout.key_ranges(v, few_rows.KEYS)
             parts = layout.count(v.shape[0] * v.shape[1] * ranges, v.size)
-            few_rows.kernel_weighted_sum(p, v, out, ranges, parts, threads.board(parts))
+            few_rows.kernel_weighted_sum(p, v, out, ranges, parts)
             return out
         if not causal:
             layout.grouped_product(weights, v, out)
@@ -617,7 +617,7 @@ class NumbaEngine:
         scaled = np.multiply(q, q.dtype.type(scale), out=np.empty(q.shape, q.dtype))
         ranges = layout.key_ranges(k, few_rows.KEYS)
         parts = layout.count(k.shape[0] * k.shape[1] * ranges, k.size)
-        few_rows.kernel_scores(scaled, k, s, ranges, parts, threads.board(parts))
+        few_rows.kernel_scores(scaled, k, s, ranges, parts)
 
     def _causal_sum(self, weights: Array, v: Array, out: Array) -> None:
         """One block of causal sums: weights (B, H, m, n) whose last m columns are a triangle, v (B, Hkv, n, D)."""

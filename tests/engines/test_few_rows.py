@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numba import cfunc, types
 
 from costmodel.predict import FEW_ROWS
-from refimpl.engines.numba_kernels import crew, layout
-from refimpl.engines.numba_kernels.vector import fetch_add
+from refimpl.engines.numba_kernels import layout
 from refimpl.errors import ShapeError
 
 from .test_numba_engine import ENGINE, assert_right, attention, linear, scores, softmax, weighted_sum
@@ -148,48 +144,3 @@ def test_empty_batches_and_no_keys() -> None:
     assert not ENGINE.attention(q, k, k).any()
     assert ENGINE.attention(q[:0], k[:0], k[:0]).shape == (0, 4, 1, 8)
     assert ENGINE.linear(np.zeros((0, 1, 8), np.float32), np.zeros((5, 8), np.float32)).shape == (0, 1, 5)
-
-
-# --- the crew -------------------------------------------------------------------------------------------------------
-
-
-@cfunc(types.void(types.intp, types.intp))
-def _count(part, counts):
-    """Add one to the count (int64) of a part."""
-    fetch_add(counts + 8 * part)
-
-
-@pytest.mark.parametrize("members", [2, 3])
-def test_every_part_is_done_once_whether_the_crew_is_awake_or_asleep(members: int) -> None:
-    workers = crew.Crew(members)
-    for task in range(300):
-        parts = 1 + task % 37
-        counts = np.zeros(parts, np.int64)
-        crew.run_on_crew(parts, _count.address, counts.ctypes.data, workers.wake())
-        assert (counts == 1).all(), (task, parts, counts)
-        if task % 100 == 50:
-            time.sleep(0.02)  # they fall asleep
-    workers.end()
-    assert not any(thread.is_alive() for thread in workers._threads)
-    counts = np.zeros(5, np.int64)
-    crew.run_on_crew(5, _count.address, counts.ctypes.data, workers.board)  # the caller alone
-    assert (counts == 1).all()
-
-
-def test_callers_on_several_threads_do_not_disturb_each_other() -> None:
-    rng = np.random.default_rng(3)
-    x, weight = rng.standard_normal((4, 1, 576), np.float32), rng.standard_normal((960, 576), np.float32)
-    expected = ENGINE.linear(x, weight)
-    with ThreadPoolExecutor(3) as pool:
-        for found in pool.map(lambda _: ENGINE.linear(x, weight), range(200)):
-            np.testing.assert_array_equal(found, expected)
-
-
-def test_idle_crews_sleep() -> None:
-    """A crew without work uses no processor time."""
-    workers = crew.Crew(2)
-    time.sleep(0.2)
-    used, passed = time.process_time(), time.perf_counter()
-    time.sleep(0.3)
-    assert time.process_time() - used < 0.5 * (time.perf_counter() - passed)
-    workers.end()

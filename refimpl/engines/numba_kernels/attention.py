@@ -33,7 +33,6 @@ import numpy.typing as npt
 from numba import carray, cfunc, njit, types
 
 from . import few_rows, layout
-from .threads import board
 from .vector import (
     TILE,
     dot_tile,
@@ -552,7 +551,7 @@ def _attend_few_queries(
     ranges = layout.key_ranges(k, few_rows.KEYS)
     parts = layout.count(k.shape[0] * k.shape[1] * ranges, k.size + v.size)
     scaled = np.multiply(q, q.dtype.type(scale), out=np.empty(q.shape, q.dtype))
-    few_rows.kernel_attention(scaled, k, v, hides, causal, seen, out, ranges, parts, board(parts))
+    few_rows.kernel_attention(scaled, k, v, hides, causal, seen, out, ranges, parts)
 
 
 def _new_output(q: Array, v: Array) -> Array:

@@ -63,10 +63,10 @@ def _linear_units(x, w, bias, out, first, last):
                 out[i, n] += bias[n]
 
 
-@any_strides(read(2), read(2), read(1), write(2), types.intp, types.intp)
-def kernel_linear(x, w, bias, out, parts, board):
+@any_strides(read(2), read(2), read(1), write(2), types.intp)
+def kernel_linear(x, w, bias, out, parts):
     """Set ``out = x wᵀ + bias``: x (rows, d_in), w (d_out, d_in), bias (d_out,) or (0,), out (rows, d_out)."""
-    share(_linear_units, (x, w, bias, out), (len(w) + UNIT - 1) // UNIT, parts, board)
+    share(_linear_units, (x, w, bias, out), (len(w) + UNIT - 1) // UNIT, parts)
 
 
 # --- heads ----------------------------------------------------------------------------------------------------------
@@ -99,11 +99,11 @@ def _score_items(q, k, out, M, ranges, first, last):
         dot_rows(M, stop - start, D, columns, Tk, queries, D, _row(k, head, start), _stride(k, 2))
 
 
-@any_strides(read(4), read(4), write(4), types.intp, types.intp, types.intp)
-def kernel_scores(q, k, out, ranges, parts, board):
+@any_strides(read(4), read(4), write(4), types.intp, types.intp)
+def kernel_scores(q, k, out, ranges, parts):
     """Set ``out = q kᵀ``: out (B, H, Tq, Tk) without gaps."""
     heads, M = k.shape[0] * k.shape[1], q.shape[1] // k.shape[1] * q.shape[2]
-    share(_score_items, (q, k, out, M, ranges), heads * ranges, parts, board)
+    share(_score_items, (q, k, out, M, ranges), heads * ranges, parts)
 
 
 @njit(**STEP)
@@ -129,12 +129,12 @@ def _combine(sums, factors, out, M):
                      offset(_start(sums), first * Dv), M * Dv)  # fmt: skip
 
 
-@any_strides(read(4), read(4), write(4), types.intp, types.intp, types.intp)
-def kernel_weighted_sum(p, v, out, ranges, parts, board):
+@any_strides(read(4), read(4), write(4), types.intp, types.intp)
+def kernel_weighted_sum(p, v, out, ranges, parts):
     """Set ``out = P v``: P (B, H, Tq, Tk) without gaps, out (B, H, Tq, Dv)."""
     heads, rows = v.shape[0] * v.shape[1], p.shape[0] * p.shape[1] * p.shape[2]
     sums = np.zeros(ranges * rows * v.shape[3], v.dtype)
-    share(_sum_items, (p, v, sums, rows // heads, ranges), heads * ranges, parts, board)
+    share(_sum_items, (p, v, sums, rows // heads, ranges), heads * ranges, parts)
     _combine(sums, np.ones((rows, ranges), v.dtype), out, rows // heads)
 
 
@@ -209,12 +209,12 @@ def _factors(maxima, totals):
             maxima[row, r] /= 1 if largest == -np.inf else total
 
 
-@any_strides(read(4), read(4), read(4), types.boolean, types.boolean, MASK, write(4), *(types.intp,) * 3)
-def kernel_attention(q, k, v, hides, causal, mask, out, ranges, parts, board):
+@any_strides(read(4), read(4), read(4), types.boolean, types.boolean, MASK, write(4), types.intp, types.intp)
+def kernel_attention(q, k, v, hides, causal, mask, out, ranges, parts):
     """Set ``out = softmax(q kᵀ) v`` (B, H, Tq, Dv); `hides` if `causal` or the mask (B, H, Tq, Tk) hides a key."""
     heads, rows = k.shape[0] * k.shape[1], q.shape[0] * q.shape[1] * q.shape[2]
     sums = np.empty(ranges * rows * v.shape[3], q.dtype)
     maxima, totals = np.empty((rows, ranges), q.dtype), np.empty((rows, ranges), q.dtype)
-    share(_attend_items, (q, k, v, hides, causal, mask, sums, maxima, totals), heads * ranges, parts, board)
+    share(_attend_items, (q, k, v, hides, causal, mask, sums, maxima, totals), heads * ranges, parts)
     _factors(maxima, totals)
     _combine(sums, maxima, out, rows // heads)

@@ -18,7 +18,6 @@ from numba.core import cgutils
 from numba.extending import lower_builtin, type_callable
 
 from . import threads
-from .crew import run_on_crew
 from .vector import run_on_threads
 
 # A kernel from the disk cache crashes without: Numba (0.68) forgets that it links in a loop which needs
@@ -64,10 +63,8 @@ def any_strides(*arguments: Any) -> Callable[[Callable[..., None]], Callable[...
     return decorate
 
 
-def share(step: Callable[..., None], operands: tuple[Any, ...], rows: int, parts: int, board: int = 0) -> None:
+def share(step: Callable[..., None], operands: tuple[Any, ...], rows: int, parts: int) -> None:
     """Call ``step(*operands, first, last)`` for the `parts` ranges that make up the rows, several at once.
-
-    On Numba's threads, or where the board of a crew is given on those of the crew.
 
     In a kernel the loop over the parts is `run_on_threads`, which knows the step by its address: inside a
     ``prange`` of its own every step would be compiled six times (2 s a kernel instead of 0.5 s).
@@ -79,7 +76,7 @@ def share(step: Callable[..., None], operands: tuple[Any, ...], rows: int, parts
 
 @type_callable(share)
 def _type_share(context: Any) -> Callable[..., Any]:
-    def typing(step: Any, operands: Any, rows: Any, parts: Any, board: Any = None) -> Any:
+    def typing(step: Any, operands: Any, rows: Any, parts: Any) -> Any:
         context.resolve_function_type(step, (*operands, types.intp, types.intp), {})  # compiles the step
         return types.none
 
@@ -87,9 +84,8 @@ def _type_share(context: Any) -> Callable[..., Any]:
 
 
 @lower_builtin(share, types.Dispatcher, types.BaseTuple, types.Integer, types.Integer)
-@lower_builtin(share, types.Dispatcher, types.BaseTuple, types.Integer, types.Integer, types.Integer)
 def _lower_share(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-    values = [*cgutils.unpack_tuple(builder, args[1]), *args[2:4]]  # the operands, rows, parts
+    values = [*cgutils.unpack_tuple(builder, args[1]), *args[2:]]  # the operands, rows, parts
     call = cgutils.alloca_once(builder, ir.LiteralStructType([value.type for value in values]))
     builder.store(cgutils.make_anonymous_struct(builder, values), call)
     task = _task(context, builder.module, sig, call.type)
@@ -97,8 +93,7 @@ def _lower_share(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir
         with one:
             builder.call(task, [cgutils.intp_t(0), call])
         with many:
-            loop = run_on_crew if len(args) > 4 else run_on_threads
-            _run(context, builder, loop, [args[3], task, call, *args[4:]])
+            _run_on_threads(context, builder, [args[3], task, call])
     return context.get_dummy_value()
 
 
@@ -119,11 +114,10 @@ def _task(context: Any, module: ir.Module, sig: Any, call_type: ir.Type) -> ir.F
     return task
 
 
-def _run(context: Any, builder: ir.IRBuilder, loop: Any, args: list[ir.Value]) -> None:
-    """Call a compiled loop over threads: number of parts, task, its argument, and what else the loop takes."""
-    function = typeof(loop)
-    signature = context.typing_context.resolve_function_type(function, (types.intp,) * len(args), {})
+def _run_on_threads(context: Any, builder: ir.IRBuilder, args: list[ir.Value]) -> None:
+    """Call the compiled loop over threads: number of parts, task, its argument."""
+    function = typeof(run_on_threads)
+    signature = context.typing_context.resolve_function_type(function, (types.intp,) * 3, {})
     implementation = context.get_function(function, signature)
     context.add_linking_libs(implementation.libs)
-    places = [builder.ptrtoint(arg, cgutils.intp_t) if arg.type.is_pointer else arg for arg in args]
-    implementation(builder, places)
+    implementation(builder, [args[0], *(builder.ptrtoint(arg, cgutils.intp_t) for arg in args[1:])])

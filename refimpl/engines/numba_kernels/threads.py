@@ -13,8 +13,6 @@ from threadpoolctl import ThreadpoolController
 
 from refimpl.errors import ConfigError
 
-from . import crew
-
 
 def start() -> None:
     """Start Numba's threads such that idle ones sleep instead of spin, unless the user has chosen."""
@@ -29,11 +27,6 @@ def start() -> None:
 def count() -> int:
     """Threads that kernels use."""
     return int(numba.get_num_threads())
-
-
-def board(parts: int) -> int:
-    """The board of the crew of `count` threads, for a kernel of so many parts; 0 where the caller needs no other."""
-    return crew.board(count()) if parts > 1 else 0
 
 
 def set_count(n: int) -> None:

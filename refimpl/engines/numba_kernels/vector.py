@@ -656,7 +656,7 @@ def note_reaching(typingctx: Any, out: Any, x: Any, first: Any, threshold: Any) 
 
 
 @intrinsic
-def invoke(typingctx: Any, function: Any, thread: Any, argument: Any) -> Any:
+def _invoke(typingctx: Any, function: Any, thread: Any, argument: Any) -> Any:
     """Call the C function ``void (*)(intp thread, void *argument)`` at an address."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
@@ -676,4 +676,4 @@ def run_on_threads(threads: int, function: int, argument: int) -> None:
     loop serves all.
     """
     for thread in prange(threads):
-        invoke(function, np.intp(thread), argument)
+        _invoke(function, np.intp(thread), argument)
