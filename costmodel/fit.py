@@ -24,8 +24,6 @@ from refimpl.errors import ConfigError
 
 STREAM = "add"  # the op that only moves data; its bandwidths are the machine's
 PRODUCTS = ("linear", "project")  # the ops whose best rate is the machine's matrix peak
-# Products whose vector FLOPs are a bias or a scale: too few to tell their rate from, so it is held near the machine's.
-FEW_VECTOR_FLOPS = ("linear", "project", "conv1d", "block_linear", "scores")
 FOLDS = 4
 
 # op -> sizes whose half-performance length is fitted; an op under a causal mask has the same, and constants of its own
@@ -200,7 +198,7 @@ def _start(seen: _Observed, stream: OpModel | None) -> tuple[list[str], Any, Any
         values |= dict.fromkeys(HALVES[seen.op], (HALF_PRIOR, PRIOR_SIGMA["half"]))
     if np.any(seen.cost.vector_flops):
         rate = float((seen.cost.vector_flops / seen.seconds).max()) * 1.1
-        if stream and seen.op in FEW_VECTOR_FLOPS:
+        if stream:  # a few FLOPs beside a product, or in short calls, do not tell their rate
             rate = max(rate, stream.vector_flops_per_s)
         values["vector"] = (rate, PRIOR_SIGMA["vector"])
     rate = float((seen.cost.bytes_moved / seen.seconds).max())
