@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .auditing import audit
     from .calibration import calibrate
     from .comparison import fidelity
     from .estimation import estimate
@@ -21,9 +22,12 @@ if TYPE_CHECKING:
     from .threshold_training import train_thresholds
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "calibrate", "estimate", "fidelity", "guideline", "measure", "prepare", "train_thresholds"]
+__all__ = [
+    "__version__", "audit", "calibrate", "estimate", "fidelity", "guideline", "measure", "prepare", "train_thresholds",
+]  # fmt: skip
 
 _HOME = {
+    "audit": ".auditing",
     "calibrate": ".calibration",
     "estimate": ".estimation",
     "fidelity": ".comparison",

@@ -28,6 +28,7 @@ COMMANDS = {
     "models": ".command_models",
     "maps": ".command_maps",
     "memo": ".command_memo",
+    "audit": ".command_audit",
 }
 UNSERVED, INTERRUPTED = 2, 130
 

@@ -1,0 +1,68 @@
+"""The table of an audit, for a terminal and for a page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .. import render
+from ..layout import Block, Table
+from .verdicts import HOLDS, HOLDS_UNDER, NOT_HERE
+
+Row = Mapping[str, Any]
+LEADS = {HOLDS: "holds", HOLDS_UNDER: "holds under", NOT_HERE: "not reproducible here:"}
+
+
+def blocks(document: Mapping[str, Any]) -> list[Block]:
+    """Every claim beside its numbers and its verdict, and where the claims and the numbers are from."""
+    rows = document["results"]
+    headers = ["claim", "the paper", "tag", "closed form", "measured here", "verdict"]
+    cells = [
+        [
+            row["claim"], _value(row["value"], row["form"]), row["tag"], _cell(row["closed_form"]),
+            _cell(row["measured"]), f"{LEADS[row['verdict']['kind']]} {row['verdict']['why']}".strip(),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    where = [[row["claim"], f"{row['says']}; {row['conditions']}", row["source"]] for row in rows]
+    numbers = [
+        [row["claim"], side, _number(found), f"{found['of']}: {found['condition']}"]
+        for row in rows
+        for side, found in (("closed form", row["closed_form"]["shown"]), ("measured", row["measured"]["shown"]))
+        if found
+    ]
+    found: list[Block] = [
+        _heading(document),
+        Table("", headers, cells, left=len(headers)),
+        Table("what the numbers are", ["claim", "side", "number", "of what, where"], numbers, left=4),
+        Table("what was claimed", ["claim", "what, and under which conditions", "source"], where, left=3),
+    ]
+    return found
+
+
+def _heading(document: Mapping[str, Any]) -> str:
+    config = document["config"]
+    if not config["measure"]:
+        return "closed forms of the cost model; nothing was run; in brackets: another quantity than the claim's"
+    ran = f"measured on the {config['device'].upper()}, engine {config['engine']}, {config['threads']} threads, float32"
+    stopped = "; interrupted" if "interrupted" in document else ""
+    return f"{ran}{stopped}; in brackets: another quantity than the claim's"
+
+
+def _cell(side: Row) -> str:
+    shown = side["shown"]
+    if shown is None:
+        return render.NONE
+    return _number(shown) if shown["comparable"] else f"[{_number(shown)}]"
+
+
+def _number(reading: Row) -> str:
+    """A number, with how many passes or positions it is of."""
+    number = _value(reading["value"], reading["form"])
+    return f"{number} ({reading['passes']} {reading['counted']})" if reading["passes"] else number
+
+
+def _value(value: float, form: str) -> str:
+    if form == "share":
+        return f"{100 * value:.{2 if value > 0.8 else 1}f} %"
+    return f"{value:.2f}x" if form == "ratio" else f"{value:.3f}"
