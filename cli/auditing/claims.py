@@ -61,6 +61,8 @@ class Claim:
     judged_by : {"closed form", "measured"}
     besides : Besides or None
     needs_weights : bool
+    least_passes : int
+        A time of fewer does not count.
     unchecked, not_here : str
     settings : dict
     """
@@ -80,6 +82,7 @@ class Claim:
     settings: Mapping[str, Any]
     besides: Besides | None = None
     needs_weights: bool = False
+    least_passes: int = 0
     unchecked: str = ""
 
     def __post_init__(self) -> None:
@@ -91,11 +94,11 @@ class Claim:
         if not (self.value > 0 and 0 <= self.tolerance < 1):
             raise ConfigError(f"{self.name}: value is {self.value} and tolerance {self.tolerance}; give positive ones")
 
-    def meets(self, value: float) -> bool:
-        """Whether a number of the claim's own kind meets it."""
+    def meets(self, reading: Reading) -> bool:
+        """Whether a number of the claim's own kind meets it; of a time by its spread, what it is at least."""
         if self.relation == "at least":
-            return value >= self.value * (1 - self.tolerance)
-        return abs(value - self.value) <= self.tolerance * self.value
+            return (reading.value if reading.low is None else reading.low) >= self.value * (1 - self.tolerance)
+        return abs(reading.value - self.value) <= self.tolerance * self.value
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,9 @@ class Reading:
     pretrained : bool
     figures : dict of str to float
         What else is known at this point.
+    low : float or None
+        What it is at least, by the spread of the passes: 10th percentile of the exact method's times over 90th of the
+        other's. None for what has no spread.
     """
 
     value: float
@@ -133,6 +139,7 @@ class Reading:
     weights: str | None = None
     pretrained: bool = False
     figures: Mapping[str, float] = field(default_factory=dict)
+    low: float | None = None
 
 
 @cache

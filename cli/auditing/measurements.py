@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from costmodel.hardware import Hardware
+from refimpl.components import HEAD
 from refimpl.config import DTYPES, ModelConfig
 from refimpl.errors import UnsupportedError
 from refimpl.model import Runner
@@ -78,7 +79,11 @@ class Lab:
             threads=self.threads, **given,
         )  # fmt: skip
         timing = Timing(DECODE_REPEATS if request.decodes else REPEATS, 1, self.seconds, self.seed)
-        return self.whole(measured(request, self.hardware, Source(), timing, self.progress))
+        document = self.whole(measured(request, self.hardware, Source(), timing, self.progress))
+        begin = f"{request.config.name}: "  # of the note that says what weights ran
+        source = next((note for note in reversed(document["notes"]) if note.startswith(begin)), begin)
+        document["config"]["weights"] = source.removeprefix(begin)
+        return document
 
     def whole(self, document: dict[str, Any]) -> dict[str, Any]:
         """The document, after a look whether its run was stopped."""
@@ -103,15 +108,11 @@ def reuse_speedup(s: Settings, lab: Lab) -> list[Reading]:
     lab.seconds /= len(groups)
     for group in groups:
         document = lab.timed(model, "reuse", {"group": group}, length)
-        own, dense = (_result(document, method) for method in ("reuse", "dense"))
         where = f"{name}, G={group}, T={length}, on a {lab.device.upper()}"
-        figures = {"speedup_flash": own["speedup"]["flash"]["measured"]}
-        whole.append(
-            _timed_reading(_seconds(dense) / _seconds(own), "time of the model, dense / reuse", where, own, figures)
-        )
-        ratio = _seconds(dense, SELF_ATTENTION) / _seconds(own, SELF_ATTENTION)
-        condition = f"self-attention alone, {where}"
-        parts.append(_timed_reading(ratio, "time of self-attention, dense / reuse", condition, own, {}))
+        figures = {"speedup_flash": _result(document, "reuse")["speedup"]["flash"]["measured"]}
+        whole.append(_faster(document, "reuse", "time of the model", where, figures=figures))
+        part = f"self-attention alone, {where}"
+        parts.append(_faster(document, "reuse", "time of self-attention", part, SELF_ATTENTION))
         if lab.interrupted:
             break
     return whole + parts
@@ -129,17 +130,30 @@ def _result(document: Entry, method: str) -> Entry:
     return found
 
 
-def _seconds(result: Entry, parts: Sequence[str] = ()) -> float:
-    """Median of plain passes, or of the components of recorded ones."""
+def _faster(
+    document: Entry, method: str, of: str, condition: str, parts: Sequence[str] = (),
+    figures: Mapping[str, float | None] | None = None,
+) -> Reading:  # fmt: skip
+    """How many times as fast as dense: plain passes, or components of recorded ones."""
+    own, dense = (_result(document, name) for name in (method, "dense"))
+    kept = {name: value for name, value in (figures or {}).items() if value is not None}
+    ratio = _seconds(dense, "median", parts) / _seconds(own, "median", parts)
+    return Reading(
+        ratio, f"{of}, dense / {method}", condition, "ratio",
+        passes=own["total"]["measured_s"]["n"], counted="passes", weights=document["config"]["weights"], figures=kept,
+        low=_seconds(dense, "p10", parts) / _seconds(own, "p90", parts),
+    )  # fmt: skip
+
+
+def _seconds(result: Entry, statistic: str, parts: Sequence[str] = ()) -> float:
+    """Of plain passes, or of the components of recorded ones; of a single pass there is no spread."""
     if not parts:
-        return float(result["total"]["measured_s"]["median"])
-    return sum(row["measured_s"]["median"] or 0.0 for row in result["components"] if row["component"] in parts)
+        return _statistic(result["total"]["measured_s"], statistic)
+    return sum(_statistic(row["measured_s"], statistic) for row in result["components"] if row["component"] in parts)
 
 
-def _timed_reading(ratio: float, of: str, condition: str, result: Entry, figures: Mapping[str, Any]) -> Reading:
-    passes = result["total"]["measured_s"]["n"]
-    kept = {name: value for name, value in figures.items() if value is not None}
-    return Reading(ratio, of, condition, "ratio", passes=passes, counted="passes", figures=kept)
+def _statistic(seconds: Entry, statistic: str) -> float:
+    return float(seconds[statistic] or seconds["median"] or 0.0)
 
 
 # --- folding --------------------------------------------------------------------------------------------------------
@@ -162,11 +176,8 @@ def folding_chunk(s: Settings, lab: Lab) -> list[Reading]:
     """Time of a chunk: no power, but what the claim says must not rise."""
     setting = s["measured"]
     document = lab.timed(lab.choose(s["model"]), "folding", {"setting": setting}, phase="decode")
-    own, dense = (_result(document, method) for method in ("folding", "dense"))
-    ratio = _seconds(dense) / _seconds(own)
     name = document["config"]["model"]["name"]
-    reading = _timed_reading(ratio, "time of a chunk, dense / folding", f"{name}, our setting {setting}", own, {})
-    return [_beside(reading)]
+    return [_beside(_faster(document, "folding", "time of a chunk", f"{name}, our setting {setting}"))]
 
 
 def _beside(reading: Reading) -> Reading:
@@ -231,12 +242,9 @@ def svd_softmax_speedup(s: Settings, lab: Lab) -> list[Reading]:
     params = {"window": s["window"], "candidates": s["candidates"]}
     config = lab.choose(one_head(s))
     document = lab.timed(config, "svd-softmax", params, phase="decode", kv_len=s["kv_len"])
-    own, dense = (_result(document, method) for method in ("svd-softmax", "dense"))
-    ratio = _seconds(dense, ("head",)) / _seconds(own, ("head",))
-    condition = (
-        f"D={s['width']}, W={s['window']}, N={s['candidates']:,}, on a {lab.device.upper()}, logits of one position"
-    )
-    return [_timed_reading(ratio, "time of the head, dense / svd-softmax", condition, own, {})]
+    sizes = f"D={s['width']}, W={s['window']}, N={s['candidates']:,}"
+    where = f"{sizes}, on a {lab.device.upper()}, logits of one position"
+    return [_faster(document, "svd-softmax", "time of the head", where, (HEAD,))]
 
 
 # --- AttMemo --------------------------------------------------------------------------------------------------------
@@ -354,7 +362,7 @@ def _seen(document: Entry) -> dict[str, Any]:
 def kvsharer_computation(s: Settings, lab: Lab) -> list[Reading]:
     """Share of the cache that is not filled, and what that does to the perplexity."""
     document = lab.once("kvsharer", lambda: _kvsharer(s, lab))
-    exact = next(entry for entry in document["results"] if entry["method"] == "dense")
+    (exact,) = _points(document, "dense")
     return [
         Reading(1 - entry["cache_bytes"] / exact["cache_bytes"], "keys and values that are spared",
                 _sharing(document, entry), **_seen(document), figures=_sharing_figures(entry))
@@ -366,6 +374,7 @@ def kvsharer_speedup(s: Settings, lab: Lab) -> list[Reading]:
     """Time of a decoding step."""
     document = lab.once("kvsharer", lambda: _kvsharer(s, lab))
     readings = []
+    (exact,) = _points(document, "dense")
     for entry in _points(document, "kvsharer"):
         step, ran = entry["decode"], _seen(document)
         ratio = step["speedup"]["dense"]["measured"]
@@ -375,7 +384,8 @@ def kvsharer_speedup(s: Settings, lab: Lab) -> list[Reading]:
         figures = {**_sharing_figures(entry), "speedup_flash": step["speedup"]["flash"]["measured"]}
         ran |= {"passes": step["measured_s"]["n"], "counted": "passes"}
         of = "time of a decoding step, dense / kvsharer"
-        readings.append(Reading(ratio, of, condition, "ratio", **ran, figures=figures))
+        spread = (_statistic(exact["decode"]["measured_s"], "p10"), _statistic(step["measured_s"], "p90"))
+        readings.append(Reading(ratio, of, condition, "ratio", **ran, figures=figures, low=spread[0] / spread[1]))
     return readings
 
 

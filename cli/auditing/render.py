@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .. import render
@@ -25,12 +25,7 @@ def blocks(document: Mapping[str, Any]) -> list[Block]:
         for row in rows
     ]  # fmt: skip
     where = [[row["claim"], f"{row['says']}; {row['conditions']}", row["source"]] for row in rows]
-    numbers = [
-        [row["claim"], side, _number(found), f"{found['of']}: {found['condition']}"]
-        for row in rows
-        for side, found in (("closed form", row["closed_form"]["shown"]), ("measured", row["measured"]["shown"]))
-        if found
-    ]
+    numbers = [[row["claim"], side, _number(one), _words(row, one)] for row in rows for side, one in _listed(row)]
     found: list[Block] = [
         _heading(document),
         Table("", headers, cells, left=len(headers)),
@@ -49,6 +44,25 @@ def _heading(document: Mapping[str, Any]) -> str:
     return f"{ran}{stopped}; in brackets: another quantity than the claim's"
 
 
+def _listed(row: Row) -> Iterator[tuple[str, Row]]:
+    """The closed form that is shown, and all that was measured."""
+    if row["closed_form"]["shown"]:
+        yield "closed form", row["closed_form"]["shown"]
+    for one in row["measured"]["readings"]:
+        yield "measured", one
+
+
+def _words(row: Row, reading: Row) -> str:
+    """What a number is, under which condition, and what must hold besides."""
+    figures, text = reading["figures"], f"{reading['of']}: {reading['condition']}"
+    if row["besides"] and row["besides"]["figure"] in figures:
+        name = row["besides"]["figure"]
+        text += f"; {name.replace('_', ' ')} {render.number(figures[name])}"
+    if "speedup_flash" in figures:
+        text += f"; against flash {figures['speedup_flash']:.2f}x"
+    return text
+
+
 def _cell(side: Row) -> str:
     shown = side["shown"]
     if shown is None:
@@ -59,7 +73,8 @@ def _cell(side: Row) -> str:
 def _number(reading: Row) -> str:
     """A number, with how many passes or positions it is of."""
     number = _value(reading["value"], reading["form"])
-    return f"{number} ({reading['passes']} {reading['counted']})" if reading["passes"] else number
+    low = "" if reading["low"] is None else f", at least {_value(reading['low'], reading['form'])}"
+    return f"{number} ({reading['passes']} {reading['counted']}{low})" if reading["passes"] else number
 
 
 def _value(value: float, form: str) -> str:

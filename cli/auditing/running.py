@@ -120,11 +120,16 @@ def planned(
 def audited(plan: Plan, progress: Progress) -> dict[str, Any]:
     """The result without its context."""
     bench = _Bench(plan, progress)
-    rows = []
-    for number, claim in enumerate(plan.claims):
-        progress.stage(f"claim {number + 1} of {len(plan.claims)}: {claim.name}")
-        closed_form = _outcome(lambda claim=claim: CLOSED_FORMS[claim.name](claim.settings))  # type: ignore[misc]
-        rows.append(_row(claim, closed_form, bench.measured(claim, len(plan.claims) - number)))
+    rows: list[dict[str, Any]] = []
+    try:
+        for number, claim in enumerate(plan.claims):
+            progress.stage(f"claim {number + 1} of {len(plan.claims)}: {claim.name}")
+            closed_form = _outcome(lambda claim=claim: CLOSED_FORMS[claim.name](claim.settings))  # type: ignore[misc]
+            rows.append(_row(claim, closed_form, bench.measured(claim, len(plan.claims) - number)))
+    except KeyboardInterrupt:  # between two measurements
+        if not rows:
+            raise
+        bench.stopped = True
     progress.done()
     document = {
         "schema_version": SCHEMA_VERSION,

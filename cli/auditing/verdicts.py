@@ -60,7 +60,7 @@ def verdict(claim: Claim, closed_form: Outcome, measured: Outcome) -> Verdict:
     """
     judge = measured if claim.judged_by == "measured" else closed_form
     counting = [one for one in judge.readings if counts(claim, one)]
-    meeting = [one for one in counting if claim.meets(one.value)]
+    meeting = [one for one in counting if claim.meets(one)]
     if not meeting:
         found = nearest(claim, judge.readings) or nearest(claim, closed_form.readings + measured.readings)
         return Verdict(NOT_HERE, _why_not(claim, judge), found)
@@ -73,9 +73,14 @@ def verdict(claim: Claim, closed_form: Outcome, measured: Outcome) -> Verdict:
 
 def counts(claim: Claim, reading: Reading) -> bool:
     """Whether a reading can decide."""
-    if not reading.comparable or (claim.needs_weights and not reading.pretrained):
+    if not reading.comparable or (claim.needs_weights and not reading.pretrained) or too_few(claim, reading):
         return False
     return claim.besides is None or claim.besides.holds(reading.figures)
+
+
+def too_few(claim: Claim, reading: Reading) -> bool:
+    """Whether it is a time of fewer passes than the claim asks for."""
+    return reading.counted == "passes" and (reading.passes or 0) < claim.least_passes
 
 
 def shown(claim: Claim, readings: Sequence[Reading]) -> Reading | None:
@@ -95,17 +100,19 @@ def nearest(claim: Claim, readings: Sequence[Reading]) -> Reading | None:
     """The first that meets the claim where it is a limit; else the one at the least distance, comparable ones first."""
     comparable = [one for one in readings if one.comparable] or list(readings)
     if claim.relation == "at least":
-        met = next((one for one in comparable if one.comparable and claim.meets(one.value)), None)
+        met = next((one for one in comparable if one.comparable and claim.meets(one)), None)
         if met is not None:
             return met
     return min(comparable, key=lambda one: abs(one.value - claim.value), default=None)
 
 
 def _why_not(claim: Claim, judge: Outcome) -> str:
-    """The reason: that there is no reading, missing weights, or that of the claim."""
+    """The reason: no reading, random weights, too few passes, or that of the claim."""
     if not judge.readings and judge.reason:
         return judge.reason
     random = [one for one in judge.readings if one.comparable and one.weights and not one.pretrained]
     if claim.needs_weights and len(random) == len(judge.readings):
         return f"measured on {random[0].weights}, and trained weights are needed; {claim.not_here}"
+    if judge.readings and all(too_few(claim, one) for one in judge.readings):
+        return f"fewer than {claim.least_passes} passes were timed: give --max-seconds, or close other programs"
     return claim.not_here

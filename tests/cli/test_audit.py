@@ -28,7 +28,7 @@ from .conftest import error_of, profile
 
 EVERY_CLAIM = pytest.mark.parametrize("claim", claims().values(), ids=lambda claim: claim.name)
 READING_KEYS = {
-    "value", "of", "condition", "form", "comparable", "passes", "counted", "weights", "pretrained", "figures",
+    "value", "of", "condition", "form", "comparable", "passes", "counted", "weights", "pretrained", "figures", "low",
 }  # fmt: skip
 
 
@@ -268,6 +268,17 @@ def test_what_must_hold_besides_decides(claim: Claim) -> None:
     assert judged(claim, made(claim.value, claim, figures={})).kind == NOT_HERE
 
 
+@pytest.mark.parametrize("claim", [one for one in claims().values() if one.least_passes], ids=lambda one: one.name)
+def test_a_few_noisy_passes_decide_nothing(claim: Claim) -> None:
+    timed = made(claim.value * 1.1, claim, counted="passes", passes=claim.least_passes)
+    assert judged(claim, timed).kind != NOT_HERE
+    assert judged(claim, replace(timed, low=claim.value)).kind != NOT_HERE
+    assert judged(claim, replace(timed, low=claim.value * 0.9)).kind == NOT_HERE
+    few = judged(claim, replace(timed, passes=claim.least_passes - 1))
+    assert few.kind == NOT_HERE
+    assert "fewer than 3 passes" in few.why
+
+
 def test_the_reading_that_is_shown_counts_if_one_does() -> None:
     claim = claims()["latte-language"]
     good, bad = made(0.5, claim), made(0.9, claim, figures={"perplexity_rise": 50.0})
@@ -395,6 +406,19 @@ def test_what_was_done_is_kept_when_it_is_interrupted(effref: Any, fast: dict[st
     assert rows["reuse-speedup"]["measured"]["readings"]
 
 
+def test_rows_are_kept_when_it_is_interrupted_between_two_measurements(
+    effref: Any, fast: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(settings: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(CLOSED_FORMS, "folding-size", stopped)
+    rows = _rows(effref("audit --format json"), 130)
+    assert list(rows) == ["reuse-speedup", "reuse-training-time"]
+    monkeypatch.setitem(CLOSED_FORMS, "reuse-speedup", stopped)
+    assert "interrupted" in error_of(effref("audit --quiet"), 130)
+
+
 def test_time_is_shared_and_ends(effref: Any, fast: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     now, given_s = [0.0], []
 
@@ -458,7 +482,14 @@ def test_reuse_is_timed_as_a_whole_and_in_part(lab: Lab) -> None:
     assert part.condition.startswith("self-attention alone, ")
     assert whole.passes == part.passes == 1
     assert whole.value > 0
+    assert whole.weights == part.weights == "seeded random weights, seed 0"
     assert whole.figures["speedup_flash"] > 0
+    assert whole.low == pytest.approx(whole.value)  # one pass has no spread
+    lab.seconds = 5.0
+    whole, part = MEASUREMENTS["reuse-speedup"](settings, lab)
+    assert whole.passes == 5
+    assert whole.low < whole.value
+    assert part.low < part.value
 
 
 TINY = {"layers": 4, "d_model": 24, "heads": 6, "kv_heads": 3, "d_ff": 20, "vocab": 60}
