@@ -262,6 +262,7 @@ def attmemo_latency(s: Settings, lab: Lab) -> list[Reading]:
         figures = {name: row[name] for name in ("cosine", "rel_l2", "hit_rate", "speedup_flash")}
         readings.append(
             Reading(1 - 1 / row["speedup_dense"], "time that is spared against dense", condition,
+                    comparable=row["hit_rate"] > 0,  # without a hit a difference is noise
                     passes=profile["passes"], counted="passes", weights=profile["weights"],
                     pretrained=profile["pretrained"], figures=figures)
         )  # fmt: skip

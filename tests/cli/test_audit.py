@@ -533,6 +533,10 @@ def test_a_database_is_profiled_once_for_two_claims(lab: Lab, monkeypatch: pytes
         (reading,) = MEASUREMENTS[name]({"memo": {}}, lab)
         assert reading.value == pytest.approx(0.2)
         assert "50 % of the maps found" in reading.condition
+        assert reading.comparable
+    row["hit_rate"] = 0.0
+    (reading,) = MEASUREMENTS["attmemo-latency-mean"]({"memo": {}}, lab)
+    assert not reading.comparable
     lab.done.clear()
     lab.device = "gpu"
     with pytest.raises(UnsupportedError, match="on the CPU alone"):
