@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .claims import Claim, Reading
 
@@ -107,7 +107,7 @@ def nearest(claim: Claim, readings: Sequence[Reading]) -> Reading | None:
 
 
 def _why_not(claim: Claim, judge: Outcome) -> str:
-    """The reason: no reading, random weights, too few passes, or that of the claim."""
+    """The reason: no reading, random weights, too few passes or too wide a spread, or that of the claim."""
     if not judge.readings and judge.reason:
         return judge.reason
     random = [one for one in judge.readings if one.comparable and one.weights and not one.pretrained]
@@ -115,4 +115,6 @@ def _why_not(claim: Claim, judge: Outcome) -> str:
         return f"measured on {random[0].weights}, and trained weights are needed; {claim.not_here}"
     if judge.readings and all(too_few(claim, one) for one in judge.readings):
         return f"fewer than {claim.least_passes} passes were timed: give --max-seconds, or close other programs"
+    if any(counts(claim, one) and claim.meets(replace(one, low=None)) for one in judge.readings):
+        return "the median meets it, the low end of the passes does not: measure where nothing else runs"
     return claim.not_here
