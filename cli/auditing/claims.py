@@ -41,6 +41,13 @@ class Besides:
             return False
         return (self.least is None or value >= self.least) and (self.most is None or value <= self.most)
 
+    def missed(self, figures: Mapping[str, float]) -> str:
+        """What was found where it does not hold, beside what is needed."""
+        limits = {"at least": self.least, "at most": self.most}
+        needed = " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if limit is not None)
+        found = f"{figures[self.figure]:.3g}" if self.figure in figures else "not known"
+        return f"met where the {self.figure.replace('_', ' ')} is {found}, and {needed} is needed"
+
 
 @dataclass(frozen=True)
 class Claim:

@@ -10,6 +10,7 @@ from ..layout import Block, Table
 from .verdicts import HOLDS, HOLDS_UNDER, NOT_HERE
 
 Row = Mapping[str, Any]
+BRACKETS = "in brackets: decides nothing, as another quantity or without what must hold besides"
 LEADS = {HOLDS: "holds", HOLDS_UNDER: "holds under", NOT_HERE: "not reproducible here:"}
 
 
@@ -19,13 +20,17 @@ def blocks(document: Mapping[str, Any]) -> list[Block]:
     headers = ["claim", "the paper", "tag", "closed form", "measured here", "verdict"]
     cells = [
         [
-            row["claim"], _value(row["value"], row["form"]), row["tag"], _cell(row["closed_form"]),
-            _cell(row["measured"]), f"{LEADS[row['verdict']['kind']]} {row['verdict']['why']}".strip(),
+            row["claim"], _value(row["value"], row["form"], 4), row["tag"], _cell(row, "closed_form"),
+            _cell(row, "measured"), f"{LEADS[row['verdict']['kind']]} {row['verdict']['why']}".strip(),
         ]
         for row in rows
     ]  # fmt: skip
     where = [[row["claim"], f"{row['says']}; {row['conditions']}", row["source"]] for row in rows]
-    numbers = [[row["claim"], side, _number(one), _words(row, one)] for row in rows for side, one in _listed(row)]
+    numbers = [
+        [row["claim"], side.replace("_", " "), _bracketed(row, side, one), _words(row, one)]
+        for row in rows
+        for side, one in _listed(row)
+    ]
     found: list[Block] = [
         _heading(document),
         Table("", headers, cells, left=len(headers)),
@@ -38,16 +43,17 @@ def blocks(document: Mapping[str, Any]) -> list[Block]:
 def _heading(document: Mapping[str, Any]) -> str:
     config = document["config"]
     if not config["measure"]:
-        return "closed forms of the cost model; nothing was run; in brackets: another quantity than the claim's"
-    ran = f"measured on the {config['device'].upper()}, engine {config['engine']}, {config['threads']} threads, float32"
+        return f"closed forms of the cost model; nothing was run; {BRACKETS}"
+    threads = f"{config['threads']} thread{'' if config['threads'] == 1 else 's'}"
+    ran = f"measured on the {config['device'].upper()}, engine {config['engine']}, {threads}, float32"
     stopped = "; interrupted" if "interrupted" in document else ""
-    return f"{ran}{stopped}; in brackets: another quantity than the claim's"
+    return f"{ran}{stopped}; {BRACKETS}"
 
 
 def _listed(row: Row) -> Iterator[tuple[str, Row]]:
     """The closed form that is shown, and all that was measured."""
     if row["closed_form"]["shown"]:
-        yield "closed form", row["closed_form"]["shown"]
+        yield "closed_form", row["closed_form"]["shown"]
     for one in row["measured"]["readings"]:
         yield "measured", one
 
@@ -63,11 +69,16 @@ def _words(row: Row, reading: Row) -> str:
     return text
 
 
-def _cell(side: Row) -> str:
-    shown = side["shown"]
-    if shown is None:
-        return render.NONE
-    return _number(shown) if shown["comparable"] else f"[{_number(shown)}]"
+def _cell(row: Row, side: str) -> str:
+    shown = row[side]["shown"]
+    return render.NONE if shown is None else _bracketed(row, side, shown)
+
+
+def _bracketed(row: Row, side: str, reading: Row) -> str:
+    """A number; in brackets where it is of another quantity, or does not count on the side that decides."""
+    decides = row["judged_by"] == side.replace("_", " ")
+    counts = reading["counts"] if decides else reading["comparable"]
+    return _number(reading) if counts else f"[{_number(reading)}]"
 
 
 def _number(reading: Row) -> str:
@@ -77,7 +88,7 @@ def _number(reading: Row) -> str:
     return f"{number} ({reading['passes']} {reading['counted']}{low})" if reading["passes"] else number
 
 
-def _value(value: float, form: str) -> str:
-    if form == "share":
-        return f"{100 * value:.{2 if value > 0.8 else 1}f} %"
-    return f"{value:.2f}x" if form == "ratio" else f"{value:.3f}"
+def _value(value: float, form: str, digits: int = 3) -> str:
+    if form == "ratio":
+        return f"{value:.2f}x"
+    return f"{100 * value:.{digits}g} %" if form == "share" else f"{value:.{digits}g}"

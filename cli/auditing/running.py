@@ -18,7 +18,7 @@ from ..results import SCHEMA_VERSION, describe
 from .claims import Claim, Reading, claims_of
 from .closed_forms import CLOSED_FORMS
 from .measurements import MEASUREMENTS, Lab
-from .verdicts import Outcome, shown, verdict
+from .verdicts import Outcome, counts, shown, verdict
 
 SECONDS = 600.0
 NOT_ASKED = "not measured: closed forms alone were asked for"
@@ -200,19 +200,19 @@ def _row(claim: Claim, closed_form: Outcome, measured: Outcome) -> dict[str, Any
     return {
         "claim": about.pop("name"), **about,
         "closed_form": _side(claim, closed_form), "measured": _side(claim, measured),
-        "verdict": {"kind": found.kind, "why": found.why, "decided_by": _reading(found.decided_by)},
+        "verdict": {"kind": found.kind, "why": found.why, "decided_by": _reading(claim, found.decided_by)},
     }  # fmt: skip
 
 
 def _side(claim: Claim, outcome: Outcome) -> dict[str, Any]:
     return {
-        "shown": _reading(shown(claim, outcome.readings)),
-        "readings": [_reading(one) for one in outcome.readings],
+        "shown": _reading(claim, shown(claim, outcome.readings)),
+        "readings": [_reading(claim, one) for one in outcome.readings],
         "reason": outcome.reason,
         "notes": list(outcome.notes),
         "seconds": round(outcome.seconds, 3),
     }
 
 
-def _reading(reading: Reading | None) -> dict[str, Any] | None:
-    return None if reading is None else asdict(reading)
+def _reading(claim: Claim, reading: Reading | None) -> dict[str, Any] | None:
+    return None if reading is None else {**asdict(reading), "counts": counts(claim, reading)}

@@ -107,7 +107,7 @@ def nearest(claim: Claim, readings: Sequence[Reading]) -> Reading | None:
 
 
 def _why_not(claim: Claim, judge: Outcome) -> str:
-    """The reason: no reading, random weights, too few passes or too wide a spread, or that of the claim."""
+    """What is missing: a reading, trained weights, passes, a narrow spread, what must hold besides; or the claim's."""
     if not judge.readings and judge.reason:
         return judge.reason
     random = [one for one in judge.readings if one.comparable and one.weights and not one.pretrained]
@@ -117,4 +117,7 @@ def _why_not(claim: Claim, judge: Outcome) -> str:
         return f"fewer than {claim.least_passes} passes were timed: give --max-seconds, or close other programs"
     if any(counts(claim, one) and claim.meets(replace(one, low=None)) for one in judge.readings):
         return "the median meets it, the low end of the passes does not: measure where nothing else runs"
+    without = next((one for one in judge.readings if one.comparable and claim.meets(one)), None)
+    if without and claim.besides:
+        return f"{claim.besides.missed(without.figures)}; {claim.not_here}"
     return claim.not_here

@@ -29,6 +29,7 @@ from .conftest import error_of, profile
 EVERY_CLAIM = pytest.mark.parametrize("claim", claims().values(), ids=lambda claim: claim.name)
 READING_KEYS = {
     "value", "of", "condition", "form", "comparable", "passes", "counted", "weights", "pretrained", "figures", "low",
+    "counts",
 }  # fmt: skip
 
 
@@ -264,8 +265,10 @@ def test_what_must_hold_besides_decides(claim: Claim) -> None:
     name, limit = claim.besides.figure, claim.besides.least or claim.besides.most
     worse = limit * (0.99 if claim.besides.least else 1.01)
     assert judged(claim, made(claim.value, claim, figures={name: limit})).kind != NOT_HERE
-    assert judged(claim, made(claim.value, claim, figures={name: worse})).kind == NOT_HERE
-    assert judged(claim, made(claim.value, claim, figures={})).kind == NOT_HERE
+    found = judged(claim, made(claim.value, claim, figures={name: worse}, passes=9, counted="passes"))
+    assert found.kind == NOT_HERE
+    assert f"met where the {name.replace('_', ' ')} is {worse:.3g}, and at" in found.why
+    assert "is not known" in judged(claim, made(claim.value, claim, figures={})).why
 
 
 @pytest.mark.parametrize("claim", [one for one in claims().values() if one.least_passes], ids=lambda one: one.name)
