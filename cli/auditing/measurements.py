@@ -18,6 +18,7 @@ from refimpl.model import Runner
 from refimpl.weights import Model, load_model, resolve_config
 from refimpl.weights.layout import Weights
 
+from .. import machines
 from ..material import Wanted
 from ..measurement import DECODE_REPEATS, REPEATS, Source, Timing, measured
 from ..progress import Progress
@@ -284,9 +285,11 @@ def _memo_profile(s: Settings, lab: Lab) -> dict[str, Any]:
         folder, texts = Path(place) / "maps", Texts((), s["length"], None, 0.2)
         plan = Plan(Training(s["epochs"], seed=lab.seed))
         build_database(folder, str(model), texts, plan, lab.seed, "float32", lab.progress)
-        profile = profile_database(
-            folder, s["taus"], s["batch"], repeats, "copy", max(s["taus"]), False, lab.hardware, (), lab.progress
-        )  # fmt: skip
+        machines.started("numba", lab.threads, lab.progress)
+        with machines.disturbances_noted("measuring", lab.progress):
+            profile = profile_database(
+                folder, s["taus"], s["batch"], repeats, "copy", max(s["taus"]), False, lab.hardware, (), lab.progress
+            )  # fmt: skip
     batches = profile["held_out"] // s["batch"]
     return {**profile, "weights": known.source, "pretrained": known.pretrained, "passes": repeats * batches}
 

@@ -31,13 +31,14 @@ def blocks(document: Mapping[str, Any]) -> list[Block]:
         for row in rows
         for side, one in _listed(row)
     ]
+    notes = [[row["claim"], note] for row in rows for note in row["measured"]["notes"]]
     found: list[Block] = [
         _heading(document),
         Table("", headers, cells, left=len(headers)),
         Table("what the numbers are", ["claim", "side", "number", "of what, where"], numbers, left=4),
         Table("what was claimed", ["claim", "what, and under which conditions", "source"], where, left=3),
     ]
-    return found
+    return [*found, Table("said while measuring", ["claim", "note"], notes, left=2)] if notes else found
 
 
 def _heading(document: Mapping[str, Any]) -> str:

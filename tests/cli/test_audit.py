@@ -362,8 +362,16 @@ def test_a_table_and_a_page_show_numbers_and_verdicts(effref: Any, fast: dict[st
     assert table.exit_code == 0
     assert "claim 2 of 2: svd-softmax-speedup" in table.stderr
     assert "4.25x (3 passes)" in table.stdout
+    assert "said while measuring" not in table.stdout
     assert "holds under" in table.stdout
+
+    def disturbed(settings: Any, lab: Any) -> Any:
+        lab.progress.note("other programs kept 1.0 of 2 cores busy")
+        return _returns(0.5)(settings, lab)
+
+    fast["latte-vision"] = disturbed
     page = effref("audit --method latte --format md --quiet")
+    assert re.search(r"\| latte-vision +\| other programs kept 1.0 of 2 cores busy +\|", page.stdout)
     assert "| latte-vision" in page.stdout
     assert "[74.5 %]" in page.stdout
 
