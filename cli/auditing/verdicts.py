@@ -114,7 +114,7 @@ def _why_not(claim: Claim, judge: Outcome) -> str:
     if claim.needs_weights and len(random) == len(judge.readings):
         return f"measured on {random[0].weights}, and trained weights are needed; {claim.not_here}"
     if judge.readings and all(too_few(claim, one) for one in judge.readings):
-        return f"fewer than {claim.least_passes} passes were timed: give a larger --max-seconds, or close other programs"
+        return f"fewer than {claim.least_passes} passes were timed: raise --max-seconds, or close other programs"
     if any(counts(claim, one) and claim.meets(replace(one, low=None)) for one in judge.readings):
         return "the median meets it, the low end of the passes does not: measure where nothing else runs"
     without = next((one for one in judge.readings if one.comparable and claim.meets(one)), None)
