@@ -12,11 +12,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .auditing import audit
     from .calibration import calibrate
     from .comparison import fidelity
     from .crossing import crossover
     from .estimation import estimate
-    from .guideline import guideline
+    from .guidance import guideline
     from .measurement import measure
     from .preparation import prepare
     from .reporting.page import report
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "__version__",
+    "audit",
     "calibrate",
     "crossover",
     "estimate",
@@ -39,11 +41,12 @@ __all__ = [
 ]
 
 _HOME = {
+    "audit": ".auditing",
     "calibrate": ".calibration",
     "crossover": ".crossing",
     "estimate": ".estimation",
     "fidelity": ".comparison",
-    "guideline": ".guideline",
+    "guideline": ".guidance",
     "measure": ".measurement",
     "prepare": ".preparation",
     "report": ".reporting.page",

@@ -46,7 +46,7 @@ def command(
       effref guideline --model smollm2 --input text.txt --agreement 0.99
       effref guideline --model smollm2 --top 10 --agreement 0.95 --set svd-softmax.weighting=activations
     """
-    from .guideline import METHOD, found, planned
+    from .guidance import METHOD, found, planned
     from .request import check_params
 
     target, progress = Target.of(form, path), Progress.on_stderr(quiet)

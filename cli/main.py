@@ -31,6 +31,7 @@ COMMANDS = {
     "maps": ".command_maps",
     "memo": ".command_memo",
     "sweep": ".command_sweep",
+    "audit": ".command_audit",
 }
 UNSERVED, INTERRUPTED = 2, 130
 

@@ -147,7 +147,7 @@ class _Bench:
 
 def profile_database(
     folder: Path, taus: Sequence[float], batch: int, repeats: int, transfer: str, tau: float, keep: bool,
-    hardware: str | None, files: tuple[Path, ...], progress: Progress,
+    hardware: str | Hardware | None, files: tuple[Path, ...], progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
     """Hit rate, latency and error against the threshold on held-out text, and which layers pay at one of them.
 

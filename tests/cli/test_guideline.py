@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from effref.agreement import NextToken
-from effref.guideline import candidate_counts, outcomes
+from effref.guidance import candidate_counts, outcomes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
