@@ -113,6 +113,7 @@ def estimate(method: str, config: ModelConfig, workload: Workload, params: Any =
     resident = (parameters_kept + last.copied_parameters()) * itemsize
     kept, allotted = (last.stored() * last.setting.B * n * itemsize for n in _cached_positions(config, workload))
     peak = memory.largest(*(moment for program in programs for moment in _live(program, workload)))
+    masks = memory.largest(*(program.mask_bytes() * ((program.setting.calls > 0) * 1) for program in programs))
     return Estimate(
         method=method,
         parameters=parameters,
@@ -122,7 +123,7 @@ def estimate(method: str, config: ModelConfig, workload: Workload, params: Any =
         params_bytes=parameters_kept * itemsize + last.index_bytes(),
         resident_bytes=resident,
         cache_bytes=kept,
-        peak_bytes=resident + allotted + _tables(last.setting) + last.mask_bytes() + peak * itemsize,
+        peak_bytes=resident + allotted + _tables(last.setting) + masks + peak * itemsize,
         itemsize=itemsize,
     )
 

@@ -393,6 +393,7 @@ def calls(dtype, batch=2, length=5):
         "refine": (normal(batch, length, 9, dtype=dtype), ids, normal(9, 6, dtype=dtype), x),
         "quantize": (q,),
         "filtered_attention": (q, k, v, *coded(q, k), np.array([0, 0.5, 2.0, np.inf]), 0.3, True, mask),
+        "filtered_map": (q, k, *coded(q, k), np.array([0, 0.5, 2.0, np.inf]), 0.3, True, mask),
     }
 
 
