@@ -46,7 +46,7 @@ QUARTERS: Under = (("efficientasr", {"group": 1, "ffn_chunks": 4}),)
 HEAD: Under = (("svd-softmax", {"decomposition": "gram"}),)
 FILTERS: Under = (("latte", {}), ("latte", {"kept": 0.5}))  # two parts of pairs, to tell kept and visible ones apart
 LINEAR: Under = (("linear", {}),)  # which takes no cache, so that causal passes need models without a head
-# Maps of the pass's own inputs: every sequence is found.
+# Maps of the pass's own inputs, which are all found, and of others.
 LOOKUPS: Under = (("attmemo", {"epochs": 0}),)
 if sys.platform == "linux":
     LOOKUPS = (*LOOKUPS, ("attmemo", {"epochs": 0, "transfer": "map"}))
@@ -61,6 +61,7 @@ class Cell:
     batch: int = 1
     kv_len: int = 0
     methods: Under = METHODS
+    records: int = 0  # sequences beside its own whose maps are stored
 
     def workload(self, dtype: str = "float32") -> Workload:
         """What one pass does."""
@@ -94,9 +95,9 @@ CELLS = (
     Cell(_model("conformer", 320, 5, 1280), 640),
     Cell(_model("conformer", 144, 3, 576), 1700),
     Cell(_model("conformer", 240, 4, 960), 340, batch=2, methods=(*METHODS, *QUARTERS)),
-    Cell(_model("post-norm", 320, 10, 1280), 60, methods=(*METHODS, *FILTERS, *LOOKUPS)),
+    Cell(_model("post-norm", 320, 10, 1280), 60, methods=(*METHODS, *FILTERS, *LOOKUPS), records=300),
     Cell(_model("post-norm", 640, 10, 2560), 420, methods=(*METHODS, *HALVES)),
-    Cell(_model("post-norm", 288, 9, 1152), 200, batch=3, methods=(*METHODS, *LOOKUPS)),
+    Cell(_model("post-norm", 288, 9, 1152), 200, batch=3, methods=(*METHODS, *LOOKUPS), records=40),
     Cell(_model("post-norm", 448, 14, 1792), 1100, methods=(*METHODS, *FILTERS)),
     Cell(_model("pre-norm", 320, 5, 1280), 1250, methods=(*METHODS, *HALVES)),
     Cell(_model("pre-norm", 480, 8, 1920), 160, methods=(*METHODS, *QUARTERS)),
@@ -214,6 +215,8 @@ def _runs(ops: Engine, dtype: str) -> Iterator[_Run]:
         runner = Runner(load_model(cell.config, dtype=dtype), ops)
         inputs = random_inputs(cell.config, cell.seq, cell.batch, dtype=dtype)
         past = random_inputs(cell.config, cell.kv_len, cell.batch, dtype=dtype) if cell.kv_len else inputs
+        if cell.records:
+            past = np.concatenate([past, random_inputs(cell.config, cell.seq, cell.records, seed=1, dtype=dtype)])
         for method, params in cell.methods:
             ready = runner.prepare(method, params, past)
             yield _Run(cell, ready, runner, inputs, dtype, _cache(cell, ready, runner, dtype))
