@@ -80,7 +80,7 @@ ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "filtered_attention": lambda: filtered(HEADS, array(B, H, T, D), array(B, H, T, D)),
     "filtered_map": lambda: without_values(filtered(HEADS, array(B, H, T, D), HEADS)),
     "relative_attention": lambda: (HEADS, HEADS, HEADS, HEADS, array(H, 2 * T - 1, D), 0.125),
-    "local_attention": lambda: (HEADS, HEADS, HEADS, 64),
+    "local_attention": lambda: (HEADS, HEADS, HEADS, 64, 0.125),
     "local_relative_attention": lambda: (HEADS, HEADS, HEADS, HEADS, array(H, 2 * T - 1, D), 64, 0.125),
     "project_length": lambda: (HEADS, array(128, T)),
     "elu_plus_one": lambda: (HEADS,),
