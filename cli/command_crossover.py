@@ -25,13 +25,7 @@ INTERRUPTED = 130
 @options.method_option("reuse")
 @options.set_option
 @options.baseline_option
-@click.option(
-    "--input",
-    "input_file",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Measure on .txt, .wav, .png, .jpg or .npy, cut to length.  [seeded random]",
-)
+@options.input_option
 @options.engine_options
 @options.hardware_option
 @click.option(

@@ -19,13 +19,7 @@ GATE_FAILED, INTERRUPTED = 1, 130
 @click.command("measure", short_help="Measured beside predicted time.")
 @options.shape_options
 @options.method_options
-@click.option(
-    "--input",
-    "input_file",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Run on .txt, .wav, .png, .jpg or .npy.  [seeded random]",
-)
+@options.input_option
 @options.engine_options
 @options.hardware_option
 @options.timing_options

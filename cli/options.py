@@ -82,6 +82,15 @@ baseline_option = click.option(
 )
 
 
+input_option = click.option(
+    "--input",
+    "input_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Run on .txt, .wav, .png, .jpg or .npy.  [seeded random]",
+)
+
+
 def method_option(usual: str) -> Callable[[F], F]:
     """--method, with what is taken where it is not given."""
     about = f"See 'effref list methods'.  [{usual}]"
