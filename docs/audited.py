@@ -9,7 +9,7 @@ from effref.auditing.render import blocks
 from effref.layout import as_markdown
 
 DOCS = Path(__file__).parent
-PAGE, RESULT = DOCS / "audit.md", DOCS / "results" / "xeon-2-cores-numba-float32-audit.json"
+PAGE, RESULT = DOCS / "audit.md", DOCS / "results" / "audit-xeon-2-cores-numba-float32.json"
 BEGIN = f"<!-- begin audit: filled from docs/results/{RESULT.name} -->\n"
 END = "<!-- end audit -->"
 

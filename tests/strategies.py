@@ -319,10 +319,13 @@ PARAMETERS = {
 
 
 @st.composite
-def compositions(draw: Any, config: ModelConfig, cached: bool = False, least: int = 2) -> tuple[str, dict[str, Any]]:
+def compositions(
+    draw: Any, config: ModelConfig, cached: bool = False, least: int = 2, causal: bool = False
+) -> tuple[str, dict[str, Any]]:
     """Two or more methods that can be combined, joined by + in any order, and the parameters of each."""
     found: dict[str, Any] = {}
-    for method in draw(st.permutations([name for name in CATALOG if name != "dense"])):
+    unable = {"dense", *(AT_ONCE if cached else ()), *(("linformer",) if causal or cached else ())}
+    for method in draw(st.permutations([name for name in CATALOG if name not in unable])):
         params = {"tau": 1.1} if method == "attmemo" and cached else draw(parameters_for(method, config))
         wider = {**found, method: params}
         if fits("+".join(wider), wider if len(wider) > 1 else params, config):

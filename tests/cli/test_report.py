@@ -31,7 +31,7 @@ from refimpl.errors import InputError
 from .conftest import error_of
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
-STORED = sorted(RESULTS.glob("*.json"))
+STORED = sorted(RESULTS.glob("xeon-*.json"))  # of measure and fidelity
 MEASURED = RESULTS / "xeon-2-cores-numba-float32-conformer-m.json"
 FIDELITY = RESULTS / "xeon-2-cores-numba-float32-smollm2-135m-kvsharer-fidelity.json"
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'&<b>"

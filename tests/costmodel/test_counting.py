@@ -116,7 +116,7 @@ def test_recorded_ops_of_combined_methods_equal_closed_form(recipe: str, data: s
     """Any methods that can be combined: op by op, the counted cost of each op, the bytes of their weights."""
     config = data.draw(configs(recipe, data.draw(st.booleans()) or None if recipe != "emformer" else None))
     workload = data.draw(workloads(config))
-    method, params = data.draw(compositions(config))
+    method, params = data.draw(compositions(config, causal=workload.is_causal(config)))
     engine, model, inputs = AuditedEngine(), load_model(config), inputs_for(config, workload)
     ready = Runner(model, "numpy").prepare(method, params, inputs, causal=workload.causal)
     run = Runner(model, engine)(inputs, ready, causal=workload.causal)
