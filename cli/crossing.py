@@ -165,13 +165,14 @@ def found(
     ops = machines.started(request.engine, request.threads, progress)
     with machines.limited(request.engine, request.threads):
         machine = machine_for(hardware, request, progress)
-        axis = affordable(Forecast(request, axis, machine), named, timing, progress)
+        forecast = Forecast(request, axis, machine)
+        axis = affordable(forecast, named, timing, progress)
+        forecast = replace(forecast, axis=axis)  # what it knows stays known
         progress.stage(f"loading {request.config.name}")
         positions = request.positions(axis.at(request, axis.last)[1])
         model = load_model(request.model, seed=timing.seed, dtype=request.dtype, positions=positions)
         progress.note(f"{request.config.name}: {model.source}")
         runner = Runner(model, ops)
-        forecast = Forecast(request, axis, machine)
         searches: dict[tuple[str, str], Search] = {}
         with machines.disturbances_noted("measuring", progress):
             finished = _searched(forecast, named, runner, source, timing, searches, progress)

@@ -75,11 +75,7 @@ def wins(ahead: Callable[[int], bool], grid: Sequence[int]) -> list[Interval]:
     Between neighbours of the grid that differ the place of the change is found by bisection; one that comes and goes
     between two neighbours is not seen.
     """
-    found: list[Interval] = []
-    for first, last, holds in _stretches(ahead, grid):
-        if holds:
-            found.append((first, last))
-    return found
+    return [(first, last) for first, last, holds in _stretches(ahead, grid) if holds]
 
 
 def _stretches(ahead: Callable[[int], bool], grid: Sequence[int]) -> Iterator[tuple[int, int, bool]]:
