@@ -22,12 +22,14 @@ class Linear:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self, most: int = 6) -> list[float]:
-        """Multiples of 1, 2 or 5 times a power of ten."""
-        rough = (self.high - self.low) / most
-        power = 10.0 ** math.floor(math.log10(rough))
-        step = next(one * power for one in STEPS if one * power >= rough * (1 - 1e-9))
-        first = math.ceil(self.low / step - 1e-9)
-        return [place * step for place in range(first, math.floor(self.high / step + 1e-9) + 1)]
+        """Multiples of 1, 2 or 5 times a power of ten: as many as there is room for, one at least where `most` >= 2."""
+
+        def inside(step: float) -> range:
+            return range(math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9) + 1)
+
+        power = 10.0 ** math.floor(math.log10((self.high - self.low) / most))
+        step = next(one * power for one in STEPS if len(inside(one * power)) <= most + 1)
+        return [place * step for place in inside(step)]
 
 
 @dataclass(frozen=True)
