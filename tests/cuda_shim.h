@@ -91,7 +91,7 @@ static jmp_buf home;
 static char message[256];
 static void (*job)();
 static char* dynamic_shared;
-static int dynamic_bytes;
+static int dynamic_bytes, dynamic_space = -1;
 
 __attribute__((noreturn)) static void fail(const char* what) {
     snprintf(message, sizeof message, "%s (block %u %u %u, thread %u %u %u)", what, blockIdx.x, blockIdx.y, blockIdx.z,
@@ -295,11 +295,10 @@ const char* run(void (*kernel)(P...), const unsigned* shape, void** arguments, i
     Job<P...>::kernel = kernel, Job<P...>::arguments = arguments, job = Job<P...>::run;
     gridDim.x = shape[0], gridDim.y = shape[1], gridDim.z = shape[2];
     blockDim.x = shape[3], blockDim.y = shape[4], blockDim.z = shape[5];
-    static int space = -1;
-    if (shared_bytes > space) {
+    if (shared_bytes > dynamic_space) {
         free(dynamic_shared);
         dynamic_shared = (char*) aligned_alloc(1024, (shared_bytes + GUARD_BYTES + 1023) / 1024 * 1024);
-        space = shared_bytes;
+        dynamic_space = shared_bytes;
     }
     dynamic_bytes = (shared_bytes + 1) / 2 * 2;
     int count = blockDim.x * blockDim.y * blockDim.z, i = 0;
