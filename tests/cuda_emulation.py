@@ -37,9 +37,15 @@ FLAGS = (
 )  # fmt: skip
 SHARED_BYTES = 227 << 10  # of one block, on an H100
 
-# Around every array lie signalling NaNs: reading them poisons a result, writing what was computed quiets them.
+# Around every array lie signalling NaNs: reading them poisons a result, writing what was computed quiets them. Around
+# integers lie bytes that hardly any result has.
 GUARD = 512  # elements
-SIGNALS = {np.float16: (np.uint16, 0x7D00), np.float32: (np.uint32, 0x7FA00000), np.float64: (np.uint64, 0x7FF4 << 48)}
+SIGNALS = {
+    np.dtype(np.float16): (np.uint16, 0x7D00),
+    np.dtype(np.float32): (np.uint32, 0x7FA00000),
+    np.dtype(np.float64): (np.uint64, 0x7FF4 << 48),
+}
+ALIGNMENT = 256  # bytes, of CuPy's arrays
 
 
 class HostArray(np.ndarray):
@@ -203,16 +209,20 @@ class HostCupy(types.ModuleType):
         return types.SimpleNamespace(free_bytes=lambda: 5)
 
     def empty(self, shape, dtype=np.float64):
-        size = math.prod(shape)
-        memory = np.full(size + 2 * GUARD, np.nan if np.dtype(dtype).kind == "f" else 1, dtype)
-        if memory.dtype.type in SIGNALS:
-            bits, signal = SIGNALS[memory.dtype.type]
-            guards = memory.view(bits)[:GUARD], memory.view(bits)[GUARD + size :]
-            for guard in guards:
-                guard[...] = signal
-            self.guarded = [*self.guarded[-3:], (guards, signal)]  # the last few; more would be slow
-        self.allocated.append(size * memory.dtype.itemsize)
-        return memory[GUARD : GUARD + size].reshape(shape).view(HostArray)
+        dtype, size = np.dtype(dtype), math.prod(shape)
+        space = np.empty((size + 2 * GUARD) * dtype.itemsize + ALIGNMENT, np.uint8)
+        start = -space.ctypes.data % ALIGNMENT
+        memory = space[start : space.size - ALIGNMENT + start].view(dtype)
+        bits, signal = SIGNALS.get(dtype, (np.uint8, 0xA5))
+        per = dtype.itemsize // np.dtype(bits).itemsize
+        guards = memory.view(bits)[: GUARD * per], memory.view(bits)[(GUARD + size) * per :]
+        for guard in guards:
+            guard[...] = signal
+        self.guarded = [*self.guarded[-3:], (guards, signal)]  # the last few; more would be slow
+        self.allocated.append(size * dtype.itemsize)
+        values = memory[GUARD : GUARD + size]
+        values[...] = np.nan if dtype.kind == "f" else 1
+        return values.reshape(shape).view(HostArray)
 
     def zeros(self, shape, dtype=np.float64):
         out = self.empty(shape, dtype)

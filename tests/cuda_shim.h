@@ -536,3 +536,121 @@ static inline __half2 __hmin2(__half2 x, __half2 y) { return {__hmin(x.x, y.x), 
 static inline __half2 __hfma2(__half2 x, __half2 y, __half2 z) {
     return {__hfma(x.x, y.x, z.x), __hfma(x.y, y.y, z.y)};
 }
+
+// --- tensor cores and asynchronous copies: refimpl/engines/cuda/tensor_cores.cuh says which lane holds what ----------
+
+namespace emulation {
+
+template <typename T> struct Product { T* d; const unsigned *a, *b; };
+
+// D (16, 8) += A (16, k) B (k, 8); a register holds 4 / sizeof(E) neighbours along k.
+template <typename T, typename E, int k> void multiply_all(Thread* lanes, unsigned present) {
+    if (present != ~0u) fail("mma without all lanes of the warp");
+    const int per = 4 / sizeof(E), half = k / 2;  // the upper half of k has registers of its own
+    T a[16][k], b[k][8];
+    for (int lane = 0; lane < 32; ++lane) {
+        const Product<T>& mine = slot<Product<T>>(lanes, lane);
+        for (int part = 0; part < 2; ++part) {
+            const int row = lane / 4, column = lane % 4 * per + half * part;
+            E upper[per], lower[per], right[per];
+            memcpy(upper, mine.a + 2 * part, 4), memcpy(lower, mine.a + 2 * part + 1, 4), memcpy(right, mine.b + part, 4);
+            for (int i = 0; i < per; ++i) {
+                a[row][column + i] = T(upper[i]), a[row + 8][column + i] = T(lower[i]), b[column + i][row] = T(right[i]);
+            }
+        }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+        T* d = slot<Product<T>>(lanes, lane).d;
+        for (int i = 0; i < 4; ++i) {
+            const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+            T sum = d[i];
+            for (int j = 0; j < k; ++j) sum += a[row][j] * b[j][column];
+            d[i] = sum;
+        }
+    }
+}
+template <typename T, typename E, int k>
+void multiply(T (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    Product<T> mine = {d, a, b};
+    together(~0u, multiply_all<T, E, k>, &mine);
+}
+
+struct Tf32 {  // the device does not read the lower 13 bits
+    unsigned bits;
+    explicit operator float() const { return emulation::bits<float>(bits & ~0x1fffu); }
+};
+
+struct Rows { unsigned* r; const unsigned short* row; };
+template <int matrices, bool transposed> void load_all(Thread* lanes, unsigned present) {
+    if (present != ~0u) fail("ldmatrix without all lanes of the warp");
+    for (int matrix = 0; matrix < matrices; ++matrix) {
+        unsigned short cells[8][8];
+        for (int i = 0; i < 8; ++i) {
+            const unsigned short* row = slot<Rows>(lanes, 8 * matrix + i).row;
+            if ((size_t) row % 16) fail("a row of ldmatrix is not aligned to 16 bytes");
+            memcpy(cells[i], row, 16);
+        }
+        for (int lane = 0; lane < 32; ++lane) {
+            const int g = lane / 4, t = lane % 4 * 2;
+            const unsigned low = transposed ? cells[t][g] : cells[g][t];
+            const unsigned high = transposed ? cells[t + 1][g] : cells[g][t + 1];
+            slot<Rows>(lanes, lane).r[matrix] = low | high << 16;
+        }
+    }
+}
+template <int matrices, bool transposed> void load(unsigned (&r)[matrices], const void* row) {
+    unsigned read[matrices];  // r may be what another lane's row points to
+    Rows mine = {read, (const unsigned short*) row};
+    together(~0u, load_all<matrices, transposed>, &mine);
+    memcpy(r, read, sizeof read);
+}
+
+// Copies happen when they are waited for; until then their place is NaN.
+static void copy_later(void* to, const void* from, int bytes) {
+    if ((size_t) to % 16 || (bytes && (size_t) from % 16)) fail("an asynchronous copy is not aligned to 16 bytes");
+    if (bytes < 0 || bytes > 16) fail("an asynchronous copy reads 0 to 16 bytes");
+    Thread& thread = threads[current];
+    if (thread.copy_count == thread.copy_space) {
+        thread.copy_space = thread.copy_space ? 2 * thread.copy_space : 64;
+        thread.copies = (Copy*) realloc(thread.copies, thread.copy_space * sizeof(Copy));
+    }
+    poison(to, 16);
+    thread.copies[thread.copy_count++] = {to, from, bytes, thread.group};
+}
+static void copy_until(int group) {
+    Thread& thread = threads[current];
+    int kept = 0;
+    for (int i = 0; i < thread.copy_count; ++i) {
+        const Copy& copy = thread.copies[i];
+        if (copy.group >= group) {
+            thread.copies[kept++] = copy;
+            continue;
+        }
+        memcpy(copy.to, copy.from, copy.bytes);
+        memset((char*) copy.to + copy.bytes, 0, 16 - copy.bytes);
+    }
+    thread.copy_count = kept;
+}
+
+}  // namespace emulation
+
+static inline void mma_m16n8k16_f16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    emulation::multiply<float, __half, 16>(d, a, b);
+}
+static inline void mma_m16n8k8_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    emulation::multiply<float, emulation::Tf32, 8>(d, a, b);
+}
+static inline void mma_m16n8k32_s8(int (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    emulation::multiply<int, signed char, 32>(d, a, b);
+}
+static inline void ldmatrix_x4(unsigned (&r)[4], const void* row) { emulation::load<4, false>(r, row); }
+static inline void ldmatrix_x4_trans(unsigned (&r)[4], const void* row) { emulation::load<4, true>(r, row); }
+static inline void ldmatrix_x2(unsigned (&r)[2], const void* row) { emulation::load<2, false>(r, row); }
+static inline void ldmatrix_x2_trans(unsigned (&r)[2], const void* row) { emulation::load<2, true>(r, row); }
+static inline void copy_async_16(void* shared, const void* global, int bytes = 16) {
+    emulation::copy_later(shared, global, bytes);
+}
+static inline void copy_async_commit() { ++emulation::threads[emulation::current].group; }
+template <int N> void copy_async_wait() {
+    emulation::copy_until(emulation::threads[emulation::current].group - N);
+}
