@@ -1,8 +1,8 @@
 // The part of CUDA that the engine's kernels use, for g++: one host thread runs a block's threads as coroutines.
 //
 // Threads run one after the other up to where they wait: at a collective of their warp (shuffle, vote, mma, ldmatrix)
-// or at the barrier of the block. A warp goes on when all its live lanes that the mask names are there, a block when all
-// its live threads are. Even blocks run their threads upwards, odd ones downwards, so that a missing barrier shows.
+// or at the barrier of the block. A warp goes on when all its live lanes that the mask names are there, a block when
+// all its live threads are. Even blocks run their threads upwards, odd ones downwards, so that a missing barrier shows.
 // Shared memory is NaN when a block starts. What never appears on a device is an error, not a result.
 #pragma once
 #include <link.h>
@@ -13,7 +13,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#ifndef __x86_64__
 #include <ucontext.h>
+#endif
 
 #include <type_traits>
 #include <utility>
@@ -62,15 +64,46 @@ static const int warpSize = 32;
 
 namespace emulation {
 
+// Where a thread is while others run: `begin` it on a stack, `change` from one to another.
+#ifdef __x86_64__
+typedef void* Place;  // the top of its stack, where its registers are
+extern "C" void emulation_change(Place* from, Place to) __asm__("emulation_change");
+__asm__(
+    ".local emulation_change\nemulation_change:\n"
+    "pushq %rbx\npushq %rbp\npushq %r12\npushq %r13\npushq %r14\npushq %r15\nmovq %rsp, (%rdi)\n"
+    "movq %rsi, %rsp\npopq %r15\npopq %r14\npopq %r13\npopq %r12\npopq %rbp\npopq %rbx\nret\n");
+static void change(Place& from, Place& to) { emulation_change(&from, to); }
+static void begin(Place& place, char* stack, int bytes, void (*life)()) {
+    void** top = (void**) (stack + bytes) - 8;
+    memset(top, 0, 64);
+    top[6] = (void*) life;
+    place = top;
+}
+#else
+struct Place { ucontext_t context; jmp_buf registers; bool begun; };
+__attribute__((noinline)) static void change(Place& from, Place& to) {
+    from.begun = true;
+    if (_setjmp(from.registers)) return;
+    if (to.begun) _longjmp(to.registers, 1);
+    to.begun = true;
+    setcontext(&to.context);
+}
+static void begin(Place& place, char* stack, int bytes, void (*life)()) {
+    getcontext(&place.context);
+    place.context.uc_stack.ss_sp = stack, place.context.uc_stack.ss_size = bytes;
+    place.begun = false;
+    makecontext(&place.context, life, 0);
+}
+#endif
+
 struct Thread;
 typedef void (*Collective)(Thread* lanes, unsigned present);  // what a warp does together
 
 struct Copy { void* to; const void* from; int bytes, group; };
 
 struct Thread {
-    ucontext_t context;
-    jmp_buf place;
-    bool started;
+    char* stack;
+    Place place;
     dim3 index;
     unsigned mask;  // of the collective that it waits at
     Collective collective;
@@ -83,7 +116,8 @@ struct Warp { unsigned live, ready, waiting; };  // bits of lanes; live, not rea
 const int STACK_BYTES = 256 << 10, PAGE_BYTES = 4096, GUARD_BYTES = 1024;
 const unsigned short POISON = 0x7ff4;  // repeated, a NaN of every width
 
-static Thread threads[1024];
+const int HOST = 1024;  // the place that started the block
+static Thread threads[HOST + 1];
 static Warp warps[32];
 static int warp_count, current, barrier_line, votes, vote_result, voters;
 static bool upwards;
@@ -96,7 +130,7 @@ static int dynamic_bytes, dynamic_space = -1;
 __attribute__((noreturn)) static void fail(const char* what) {
     snprintf(message, sizeof message, "%s (block %u %u %u, thread %u %u %u)", what, blockIdx.x, blockIdx.y, blockIdx.z,
              threadIdx.x, threadIdx.y, threadIdx.z);
-    _longjmp(home, 2);
+    _longjmp(home, 1);
 }
 
 static void poison(void* to, size_t bytes) {
@@ -143,22 +177,15 @@ static int next() {
     }
 }
 
-static void go(int to) {
-    current = to;
-    Thread& thread = threads[to];
-    threadIdx = thread.index;
-    if (thread.started) _longjmp(thread.place, 1);
-    thread.started = true;
-    setcontext(&thread.context);
+// Let another thread run; returns when it is the turn of `from` again.
+static void go(Place& from, int to) {
+    current = to, threadIdx = threads[to].index;
+    change(from, threads[to].place);
 }
-
-// Let another thread run; returns when it is this one's turn again.
-__attribute__((noinline)) static void leave() {
-    int to = next();
-    if (to == current) return;
-    if (_setjmp(threads[current].place)) return;
-    if (to < 0) _longjmp(home, 1);
-    go(to);
+static void leave() {
+    int from = current, to = next();
+    if (to < 0) to = HOST;
+    if (to != from) go(threads[from].place, to);
 }
 
 static int barrier(int line, int vote = 0) {
@@ -190,15 +217,14 @@ static void life() {
 }
 
 static void prepare(Thread& thread) {
-    if (!thread.context.uc_stack.ss_sp) {
-        void* stack = mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (!thread.stack) {
+        const int protection = PROT_READ | PROT_WRITE, flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+        void* stack = mmap(nullptr, STACK_BYTES, protection, flags, -1, 0);
         if (stack == MAP_FAILED) abort();
         mprotect(stack, PAGE_BYTES, PROT_NONE);
-        getcontext(&thread.context);
-        thread.context.uc_stack.ss_sp = stack, thread.context.uc_stack.ss_size = STACK_BYTES;
+        thread.stack = (char*) stack;
     }
-    thread.started = false;
-    makecontext(&thread.context, life, 0);
+    begin(thread.place, thread.stack, STACK_BYTES, life);
 }
 
 // The static shared arrays: the thread-local segment of this library.
@@ -266,11 +292,9 @@ static void start_block(int count) {
 
 __attribute__((noinline)) static int run_block(int count) {
     start_block(count);
-    switch (_setjmp(home)) {
-        case 0: current = upwards ? 0 : 32 * (warp_count - 1), go(next()); break;
-        case 1: break;
-        default: return 1;
-    }
+    if (_setjmp(home)) return 1;  // something failed
+    current = upwards ? 0 : 32 * (warp_count - 1);
+    go(threads[HOST].place, next());
     for (int i = 0; i + 2 <= GUARD_BYTES; i += 2) {
         if (memcmp(dynamic_shared + dynamic_bytes + i, &POISON, 2)) {
             snprintf(message, sizeof message, "written outside the dynamic shared memory");
@@ -305,7 +329,10 @@ const char* run(void (*kernel)(P...), const unsigned* shape, void** arguments, i
     warp_count = (count + 31) / 32;
     for (unsigned z = 0; z < blockDim.z; ++z)
         for (unsigned y = 0; y < blockDim.y; ++y)
-            for (unsigned x = 0; x < blockDim.x; ++x) threads[i].index.x = x, threads[i].index.y = y, threads[i++].index.z = z;
+            for (unsigned x = 0; x < blockDim.x; ++x) {
+                dim3& index = threads[i++].index;
+                index.x = x, index.y = y, index.z = z;
+            }
     Signals signals;
     for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z)
         for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y)
@@ -547,27 +574,29 @@ template <typename T> struct Product { T* d; const unsigned *a, *b; };
 template <typename T, typename E, int k> void multiply_all(Thread* lanes, unsigned present) {
     if (present != ~0u) fail("mma without all lanes of the warp");
     const int per = 4 / sizeof(E), half = k / 2;  // the upper half of k has registers of its own
-    T a[16][k], b[k][8];
+    typedef T Row __attribute__((vector_size(8 * sizeof(T))));
+    T a[16][k];
+    Row b[k], c[16];
     for (int lane = 0; lane < 32; ++lane) {
         const Product<T>& mine = slot<Product<T>>(lanes, lane);
         for (int part = 0; part < 2; ++part) {
             const int row = lane / 4, column = lane % 4 * per + half * part;
             E upper[per], lower[per], right[per];
-            memcpy(upper, mine.a + 2 * part, 4), memcpy(lower, mine.a + 2 * part + 1, 4), memcpy(right, mine.b + part, 4);
+            memcpy(upper, mine.a + 2 * part, 4), memcpy(lower, mine.a + 2 * part + 1, 4);
+            memcpy(right, mine.b + part, 4);
             for (int i = 0; i < per; ++i) {
-                a[row][column + i] = T(upper[i]), a[row + 8][column + i] = T(lower[i]), b[column + i][row] = T(right[i]);
+                a[row][column + i] = T(upper[i]), a[row + 8][column + i] = T(lower[i]);
+                b[column + i][row] = T(right[i]);
             }
         }
     }
-    for (int lane = 0; lane < 32; ++lane) {
-        T* d = slot<Product<T>>(lanes, lane).d;
-        for (int i = 0; i < 4; ++i) {
-            const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-            T sum = d[i];
-            for (int j = 0; j < k; ++j) sum += a[row][j] * b[j][column];
-            d[i] = sum;
-        }
-    }
+    auto cell = [&](int lane, int i) -> T& { return ((T*) &c[lane / 4 + i / 2 * 8])[lane % 4 * 2 + i % 2]; };
+    for (int lane = 0; lane < 32; ++lane)
+        for (int i = 0; i < 4; ++i) cell(lane, i) = slot<Product<T>>(lanes, lane).d[i];
+    for (int row = 0; row < 16; ++row)
+        for (int j = 0; j < k; ++j) c[row] += a[row][j] * b[j];
+    for (int lane = 0; lane < 32; ++lane)
+        for (int i = 0; i < 4; ++i) slot<Product<T>>(lanes, lane).d[i] = cell(lane, i);
 }
 template <typename T, typename E, int k>
 void multiply(T (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
