@@ -18,6 +18,7 @@ from refimpl.errors import ShapeError, UnsupportedError
 
 FOLDER = Path(__file__).parent
 OPTIONS = ("--std=c++17",)
+DEFAULT_SHARED_BYTES = 48 << 10  # of a block, on every device
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ class Launcher(Device):
             return
         function = self._kernel(source, kernel, dtype_of(x))
         given = tuple(kernel_argument(argument) for argument in arguments)
+        if shape.shared_bytes > DEFAULT_SHARED_BYTES:  # more has to be asked for
+            function.max_dynamic_shared_size_bytes = shape.shared_bytes
         function(shape.grid, shape.block, given, shared_mem=shape.shared_bytes)
 
     def _kernel(self, source: Source, kernel: str, dtype: str) -> Any:
