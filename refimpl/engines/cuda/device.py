@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 from refimpl.engines.numpy_engine import NumpyEngine
@@ -40,6 +41,18 @@ class Device(NumpyEngine):
         """The GPU's name, such as "NVIDIA H100 80GB HBM3"."""
         name = self.xp.cuda.runtime.getDeviceProperties(self.xp.cuda.Device().id)["name"]
         return name.decode() if isinstance(name, bytes) else str(name)
+
+    @cached_property
+    def _properties(self) -> dict[str, Any]:
+        return dict(self.xp.cuda.runtime.getDeviceProperties(self.xp.cuda.Device().id))
+
+    def capability(self) -> int:
+        """The compute capability that kernels are chosen by: 90 for 9.0."""
+        return int(10 * self._properties["major"] + self._properties["minor"])
+
+    def multiprocessors(self) -> int:
+        """How many blocks can run at once, at least."""
+        return int(self._properties["multiProcessorCount"])
 
     def split_heads(self, x: Array, heads: int) -> Array:
         batch, length, width = x.shape

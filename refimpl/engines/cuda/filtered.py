@@ -22,6 +22,7 @@ FILTERED = Source(
         "filtered_map<T, A, true>", "filtered_map<T, A, false>", "merge<T, A>",
     ),
     capability=80,
+    apart=True,
 )  # fmt: skip
 MARGINS = Source("margins.cu", ("margins<__half>", "margins<float>", "margins<double>"), dtypes=("float64",))
 
@@ -145,6 +146,11 @@ class Filtered(Launcher):
     # --- shared steps -------------------------------------------------------------------------------------------
 
     def _operands(self, q: Array, k: Array, q_codes: Array, k_codes: Array, mask: Array | None) -> Operands:
+        if self.capability() < FILTERED.capability:
+            raise UnsupportedError(
+                f"filtered attention multiplies bytes on tensor cores, from compute capability 8.0 on; "
+                f"{self.device_name()} has {self.capability() / 10}: use the numba or numpy engine"
+            )
         q, k, q_codes, k_codes = (self._unit_columns(x) for x in (q, k, q_codes, k_codes))
         shape, masked = (*q.shape[:3], k.shape[2]), mask is not None
         if mask is not None:
