@@ -89,9 +89,8 @@ class Filtered(Launcher):
         (batch, heads, q_len, width), (groups, k_len), v_width = q.shape, k.shape[1:3], v.shape[3]
         out = self.xp.empty((batch, q_len, heads, v_width), q.dtype).transpose(0, 2, 1, 3)  # merge_heads is a view
         counts = self.xp.zeros((batch, heads), np.int64)
-        if 0 in (*out.shape, k_len, width):
+        if 0 in (*out.shape, k_len):
             out[...] = 0
-            counts[...] = k_len  # all keys tie where heads have no width
             return out, counts
         rows, itemsize = heads // groups * q_len, np.dtype(WIDE[dtype_of(q)]).itemsize
         given = self._operands(q, k, q_codes, k_codes, mask)
@@ -127,7 +126,7 @@ class Filtered(Launcher):
         (batch, heads, q_len, width), (groups, k_len) = q.shape, k.shape[1:3]
         out = self.xp.empty((batch, heads, q_len, k_len), q.dtype)
         counts = self.xp.zeros((batch, heads), np.int64)
-        if not out.size or not width:
+        if not out.size:
             return out, counts
         itemsize = np.dtype(WIDE[dtype_of(q)]).itemsize
         given = self._operands(q, k, q_codes, k_codes, mask)
@@ -272,7 +271,7 @@ def check_filter(
 ) -> None:  # fmt: skip
     """Raise unless the arrays fit each other and the words are known; what is in the arrays is not looked at."""
     heads = q.ndim == k.ndim == 4 and 0 < k.shape[1] <= q.shape[1] and q.shape[1] % k.shape[1] == 0
-    fits = heads and q.shape[3] == k.shape[3] and k.shape[0] in (1, q.shape[0]) and q.dtype == k.dtype
+    fits = heads and q.shape[3] == k.shape[3] > 0 and k.shape[0] in (1, q.shape[0]) and q.dtype == k.dtype
     fits = fits and (v is None or (v.ndim == 4 and v.shape[:3] == k.shape[:3] and v.dtype == q.dtype))
     for x, codes, sigma in ((q, q_codes, q_scale), (k, k_codes, k_scale)):
         fits = fits and codes.shape == x.shape and codes.dtype == np.int8
