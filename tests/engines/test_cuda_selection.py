@@ -209,6 +209,7 @@ def test_softmax_of_rows_that_blocks_share(engine, small_blocks, dtype, monkeypa
 @pytest.mark.parametrize(("count", "width"), [(1, 5), (3, 128), (64, 40), (131, 33)])
 def test_nearest_among_points_that_blocks_share(engine, small_blocks, count, width, dtype):
     x, points = normal(dtype, 4, width), normal(dtype, count, width)
+    x[0], x[1] = points[-1], points[count // 2]  # of the last block, and of one between
     distances, rows = (engine.to_numpy(a) for a in engine.nearest(engine.asarray(x), engine.asarray(points)))
     truth = np.linalg.norm(x[:, None].astype(np.float64) - points.astype(np.float64), axis=-1)
     tolerance = 20 * float(np.finfo(dtype).eps)  # rounding may decide between near ties

@@ -68,8 +68,8 @@ template <typename T, int N> __device__ typename Bits<T>::type part_most(
     typedef typename Bits<T>::type M;
     __shared__ M cells[256];
     M most = 0;
-    Index per_row = width / N, stop = (part + 1) * span < length * per_row ? (part + 1) * span : length * per_row;
-    for (Index i = part * span + threadIdx.x; i < stop; i += blockDim.x) {
+    unsigned per_row = width / N, stop = min((part + 1) * span, length * per_row);  // 64-bit division takes long
+    for (unsigned i = part * span + threadIdx.x; i < stop; i += blockDim.x) {
         Pack<T, N> pack = load<N>(x + i / per_row * row_stride + i % per_row * N);
 #pragma unroll
         for (int n = 0; n < N; ++n) most = max(most, size_bits(A(pack.at[n])));
@@ -109,13 +109,13 @@ __global__ void kernel_codes(
     if (sigma < A(tiny)) sigma = 1;
     bool finite = sigma - sigma == 0;
     if (part == 0 && threadIdx.x == 0) sigmas[map] = T(sigma);
-    Index per_row = width / N, stop = (part + 1) * span < length * per_row ? (part + 1) * span : length * per_row;
-    for (Index i = part * span + threadIdx.x; i < stop; i += blockDim.x) {
+    unsigned per_row = width / N, stop = min((part + 1) * span, length * per_row);
+    for (unsigned i = part * span + threadIdx.x; i < stop; i += blockDim.x) {
         Pack<T, N> pack = load<N>(x + i / per_row * row_stride + i % per_row * N);
         Pack<signed char, N> code;
 #pragma unroll
         for (int n = 0; n < N; ++n) code.at[n] = finite ? int(rint(A(T(A(pack.at[n]) / sigma)))) : 0;
-        store<N>(codes + i * N, code);
+        store<N>(codes + Index(i) * N, code);
     }
 }
 

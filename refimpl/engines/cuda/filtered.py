@@ -70,7 +70,8 @@ class Filtered(Launcher):
         vector = in_packs(width, *((x, stride) for stride in strides))
         packs = length * width // (16 // x.dtype.itemsize if vector else 1)
         parts, span = parts_of_heads(batch * heads, packs)
-        most = self.xp.zeros((batch, heads), np.uint64 if x.dtype == np.float64 else np.uint32)
+        bits = np.uint64 if x.dtype == np.float64 else np.uint32
+        most = (self.xp.zeros if parts > 1 else self.xp.empty)((batch, heads), bits)
         launch = Launch((batch * heads * parts,), (shapes.THREADS,))
         sizes = heads, length, width, *strides, parts, span
         flag = "true" if vector else "false"

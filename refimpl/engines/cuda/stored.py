@@ -122,7 +122,7 @@ class StoredMaps(Launcher):
         size = math.prod(target.shape[1:])
         if not pairs or not size:
             return target
-        places = self.xp.asarray(np.array(pairs, np.int64))  # (n, 2)
+        places = self.asarray(np.array(pairs, np.int64))  # (n, 2)
         vector = in_packs(size, (source, size), (target, size))
         blocks, launch = blocks_of_record(len(pairs), size // (16 // target.dtype.itemsize) if vector else size)
         kernel = "move<T, true>" if vector else "move<T, false>"
