@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cupy_cases import REFERENCE, assert_close, compare, heads, honest_errors, in_dtype, some_mask
+from cupy_cases import (
+    DTYPES,
+    REFERENCE,
+    assert_close,
+    compare,
+    heads,
+    honest_errors,
+    in_dtype,
+    largest,
+    on_device,
+    some_mask,
+)
 
 from refimpl.engines.cuda import plans
-from refimpl.engines.cuda.fused import TENSOR
+from refimpl.engines.cuda.fused import DECODE, TENSOR
 
 
 @pytest.fixture
@@ -138,6 +149,99 @@ def test_tensor_tiles_refuse_what_the_kernel_does_not_take():
     assert plans.tensor_tiles(1, 1, 10, 136, 132) is None
     assert plans.tensor_tiles(65_536, 1, 10, 64, 132) is None
     assert plans.tensor_tiles(1, 1, 10, 66, 132) is None
+
+
+# --- few queries over many keys -------------------------------------------------------------------------------------
+
+# B, H, Hkv, Tq, Tk, D: one query, grouped heads, more queries than a block takes, padded and unpadded widths
+DECODE_SHAPES = [
+    (2, 2, 2, 1, 75, 64), (1, 4, 1, 1, 700, 16), (1, 6, 2, 3, 90, 24), (1, 2, 2, 5, 3, 128), (1, 2, 1, 1, 1, 8),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("shape", DECODE_SHAPES, ids=str)
+def test_decode_attention_is_accurate(engine, launched, shape, masked, dtype, monkeypatch):
+    monkeypatch.setattr(plans, "DECODE_KEYS", 30)
+    mask = np.random.default_rng(0).random((*shape[:2], *shape[3:5])) < 0.7 if masked else None
+    for causal in (False, True):
+        compare(engine, "attention", *heads(dtype, shape), None, causal, mask)
+    wanted = ["decode", "combine"] if shape[4] > 60 else ["decode"]
+    assert [name.partition("<")[0] for name in launched] == 2 * wanted
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decode_attention_within_a_band_and_over_a_store(engine, launched, dtype, monkeypatch):
+    monkeypatch.setattr(plans, "DECODE_KEYS", 20)
+    q, k, v = heads(dtype, (2, 4, 2, 2, 90, 8))
+    for window in (0, 40):
+        compare(engine, "local_attention", q, k, v, window, 0.4, True)
+    stores = [engine.asarray(np.full((2, 2, 128, 8), np.nan, dtype)) for _ in range(2)]
+    filled = [engine.append(store, engine.asarray(x), 0) for store, x in zip(stores, (k, v), strict=True)]
+    before = len(launched)
+    found = engine.to_numpy(engine.attention(engine.asarray(q), *filled, causal=True))
+    np.testing.assert_array_equal(found, engine.to_numpy(engine.attention(*on_device(engine, (q, k, v)), causal=True)))
+    assert [name.partition("<")[0] for name in launched[before:]] == 2 * ["decode", "combine"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decode_attention_adds_ranges_of_very_different_logits(engine, dtype, monkeypatch):
+    """With logits of 40 the errors of float64 as truth count, so that long doubles are the truth here."""
+    monkeypatch.setattr(plans, "DECODE_KEYS", 20)
+    q, k, v = heads(dtype, (3, 8, 4, 1, 100, 8))
+    q, k = abs(q), abs(k) * (1 + np.arange(100)[:, None] // 20).astype(dtype)
+    hidden = np.ones((1, 1, 1, 100), bool)
+    hidden[..., 20:70] = False  # whole ranges that see nothing
+    # logits that grow from range to range, that fall, ranges that see nothing, and nothing seen at all
+    for scale, mask in ((1.0, None), (-1.0, None), (1.0, hidden), (1.0, np.zeros_like(hidden))):
+        truth = in_dtype(np.longdouble, REFERENCE.attention, q, k, v, scale, False, mask)
+        honest = largest(REFERENCE.attention(q, k, v, scale, False, mask) - truth)
+        given = on_device(engine, (q, k, v))
+        fast = engine.to_numpy(engine.attention(*given, scale, False, None if mask is None else engine.asarray(mask)))
+        assert_close(fast, truth, honest, f"scale {scale}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decode_attention_hands_on_nan(engine, dtype):
+    q, k, v = heads(dtype, (1, 2, 2, 1, 9, 8))
+    q[0, 1, 0, 0] = np.nan
+    compare(engine, "attention", q, k, v)
+    k[0, 0, 4, 3] = np.inf
+    compare(engine, "attention", q, k, v)
+
+
+def test_few_queries_with_rows_that_cannot_be_read_by_columns_take_another_way(engine, launched):
+    compare(engine, "attention", *heads("float32", (1, 2, 2, 1, 9, 6)))
+    assert not [name for name in launched if name.startswith("decode")]
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+@pytest.mark.parametrize("q_len", [1, 3])
+@pytest.mark.parametrize(("batch", "heads_", "groups"), [(1, 8, 8), (1, 32, 8), (64, 32, 8), (1, 6, 2)])
+@pytest.mark.parametrize("k_len", [0, 1, 255, 4096, 100_000])
+@pytest.mark.parametrize("window", [None, 500])
+def test_decode_ranges_cover_the_visible_keys_once(batch, heads_, groups, q_len, k_len, window, multiprocessors):
+    seen = plans.band(q_len, k_len, True, window)
+    ranges = plans.decode_ranges(batch, heads_, groups, q_len, k_len, 64, 2, seen, multiprocessors)
+    assert ranges.kernel in DECODE.kernels
+    assert ranges.first == max(0, k_len - q_len - (k_len if window is None else window))
+    assert ranges.stop == k_len
+    (count, blocks, z), rows = ranges.launch.grid, heads_ // groups * q_len
+    assert blocks // groups * ranges.rows >= rows
+    assert z == batch
+    assert (count - 1) * ranges.share < max(1, ranges.stop - ranges.first) <= count * ranges.share
+    assert count == 1 or ranges.share >= plans.DECODE_KEYS
+    full = plans.DECODE_BLOCKS * multiprocessors
+    assert count == 1 or (count - 1) * blocks * batch < full  # no more ranges than fill the device
+
+
+def test_decode_ranges_fill_the_device_where_keys_suffice():
+    ranges = plans.decode_ranges(1, 32, 8, 1, 100_000, 128, 2, plans.band(1, 100_000, True, None), 132)
+    assert ranges.count * 8 >= 0.9 * plans.DECODE_BLOCKS * 132
+    assert plans.decode_ranges(1, 17, 1, 1, 100, 64, 2, (0, 99), 132) is None  # not few
+    assert plans.decode_ranges(1, 1, 1, 1, 100, 136, 2, (0, 99), 132) is None
+    assert plans.decode_ranges(1, 1, 1, 1, 100, 6, 4, (0, 99), 132) is None
 
 
 # --- choices --------------------------------------------------------------------------------------------------------

@@ -864,7 +864,7 @@ def test_sources_compile_for_the_device(source, dtype, tmp_path):
     if not shutil.which("ptxas"):
         pytest.skip("compiled; no ptxas to assemble the kernels")
     (tmp_path / "kernels.ptx").write_text(text)
-    for arch in sorted({source.capability, 90}):
+    for arch in {source.capability, 90} if source.capability >= 80 else {source.capability}:  # an H100 is 9.0
         done = subprocess.run(
             ["ptxas", "-v", f"-arch=sm_{arch}", "kernels.ptx", "-o", "kernels.cubin"],
             cwd=tmp_path, capture_output=True, text=True, check=False,

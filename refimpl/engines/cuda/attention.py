@@ -201,7 +201,7 @@ class Attention(FusedAttention, LongRows):
     def _hide_keys(self, s: Array, causal: bool, mask: Array | None) -> None:
         batch, heads, block, keys = s.shape
         rows = batch * heads * block
-        pointer, *masked = self._mask_of(s.shape, s, mask)
+        pointer, masked = self._mask_of(s.shape, s, mask)
         sizes = rows, keys, heads, block, *visible(s, causal), *masked
         self._launch(MAPS, "hide<T>", s, rows_by_columns(rows, keys), s, pointer, *sizes)
 
@@ -216,7 +216,7 @@ class Attention(FusedAttention, LongRows):
     def _softmax(self, scores: Array, out: Array, seen: int, step: int, mask: Array | None) -> None:
         scores = self._unit_columns(scores)
         batch, heads, block, keys = scores.shape
-        pointer, *masked = self._mask_of(scores.shape, scores, mask)
+        pointer, masked = self._mask_of(scores.shape, scores, mask)
         shape = block_per_row(batch * heads * block, keys)
         kernel = "softmax<T, T>" if scores.dtype == out.dtype else "softmax<A, T>"
         sizes = keys, heads, block, seen, step, *element_strides(scores)[:3], *masked

@@ -15,6 +15,8 @@
 // Shared      Q, and two stages of K and V: (64 STRIPES + 4 KEYS) (D + 8) halves, 54 KiB for D = 64, 68 KiB for D = 128.
 //             Rows are 16 bytes longer than needed, an odd number of 16-byte columns, so that the 8 rows that ldmatrix
 //             reads at a time lie in different banks.
+// Logits      e^(scale (s - m)) = 2^(c s - c m) with c = scale log2(e), `factor`: one fused multiply-add and one ex2. The
+//             rounding of c m is that of all keys of a tile alike. The scale is positive: the host turns q's sign.
 // Copies      cp.async of the next K and V runs while this tile is computed: one barrier per tile.
 #include "online_softmax.cuh"
 #include "tensor_cores.cuh"

@@ -1,10 +1,8 @@
 // One row of attention, key by key: what every fused kernel keeps of a row and how it takes in more keys.
 //
-// With logits s_j and c = log2(e), e^(s_j - m) = 2^(c s_j - c m). A row keeps its maximum m so far, the sum l of 2^(c s_j - c m)
-// and the sum o of 2^(c s_j - c m) v_j. Where a tile of keys raises the maximum from m to m', both sums are multiplied by
-// 2^(c m - c m') first (arXiv 1805.02867, algorithm 3). At the end the result is o / l, and 0 where no key was seen.
-//
-// The scale of the logits is folded into c, which the host gives as a positive number: factor = |scale| log2(e).
+// A row keeps the maximum m of its logits s_j so far, the sum l of e^(s_j - m) and the sum o of e^(s_j - m) v_j. Where more
+// keys raise the maximum from m to m', both sums are first multiplied by e^(m - m') (arXiv 1805.02867, algorithm 3). At
+// the end the result is o / l, and 0 where no key was seen.
 #pragma once
 #include "prelude.cuh"
 
@@ -18,7 +16,11 @@ __device__ float power_of_two(float x) {
     return y;
 }
 #endif
-__device__ double power_of_two(double x) { return exp2(x); }
+
+// e^x for x <= 0. The difference of two logits is taken before it is multiplied by log2(e), so that this product rounds
+// least where e^x is largest.
+__device__ float exponential(float x) { return power_of_two(x * 1.4426950408889634f); }
+__device__ double exponential(double x) { return exp(x); }
 
 // The maximum as it is subtracted: of a row that has seen nothing yet it is 0, since -inf - -inf is not a number.
 template <typename A> __device__ A subtracted(A maximum) { return maximum == minus_infinity<A>() ? A(0) : maximum; }

@@ -70,3 +70,49 @@ def tensor_tiles(batch: int, heads: int, q_len: int, width: int, multiprocessors
     rows = 16 * stripes * TENSOR_WARPS
     shared = (rows + 4 * tile_keys(wide)) * (wide + 8) * 2
     return Tiles(wide, stripes, Launch((-(-q_len // rows), heads, batch), (WARP * TENSOR_WARPS,), shared))
+
+
+# --- few queries over many keys: decode_attention.cu ----------------------------------------------------------------
+
+DECODE_WIDTHS = (64, 128)  # D of kernel_decode
+DECODE_ROWS = (1, 4, 8)  # R of kernel_decode: queries of a block, of all heads of a key head
+DECODE_MOST = 16  # queries of a key head that are few; more than 8 are two blocks, which read the same keys
+DECODE_KEYS = 256  # of a range, at least: what a block starts and ends with is small beside them
+DECODE_BLOCKS = 4  # on a multiprocessor: loads of 16 KiB each under way; both numbers are ours, not measured
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """A launch of ``decode<T, A, D, R>``: keys `first` to `stop` - 1 in `count` ranges of `share` keys."""
+
+    width: int
+    rows: int
+    first: int
+    stop: int
+    share: int
+    launch: Launch
+
+    @property
+    def kernel(self) -> str:
+        return f"decode<T, A, {self.width}, {self.rows}>"
+
+    @property
+    def count(self) -> int:
+        return self.launch.grid[0]
+
+
+def decode_ranges(
+    batch: int, heads: int, groups: int, q_len: int, k_len: int, width: int, itemsize: int, seen: tuple[int, int],
+    multiprocessors: int,
+) -> Ranges | None:  # fmt: skip
+    """Ranges of the keys that any query sees; None where there are too many queries, or for what no kernel takes."""
+    wide, rows = padded(width, DECODE_WIDTHS), heads // groups * q_len
+    if wide is None or rows > DECODE_MOST or width * itemsize % VECTOR_BYTES or max(batch, 2 * groups) > GRID_LIMIT:
+        return None
+    each = padded(rows, DECODE_ROWS) or DECODE_ROWS[-1]
+    parts = -(-rows // each)
+    first, stop = max(0, seen[0]), min(k_len, q_len + seen[1])
+    span = max(1, stop - first)
+    wanted = -(-DECODE_BLOCKS * multiprocessors // (batch * groups * parts))
+    share = -(-span // max(1, min(wanted, span // DECODE_KEYS)))
+    return Ranges(wide, each, first, stop, share, Launch((-(-span // share), groups * parts, batch), (4 * WARP,)))
