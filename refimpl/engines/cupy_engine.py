@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from refimpl.engines.cuda.attention import Attention
 from refimpl.engines.cuda.elementwise import Elementwise
+from refimpl.engines.cuda.filtered import Filtered
 from refimpl.engines.cuda.linear import LinearMaps
 from refimpl.engines.cuda.selection import Selection
 from refimpl.engines.cuda.stored import StoredMaps
 
 
-class CupyEngine(LinearMaps, Elementwise, Attention, Selection, StoredMaps):
+class CupyEngine(LinearMaps, Elementwise, Attention, Filtered, Selection, StoredMaps):
     """The op vocabulary on the current CUDA device; an op that is in no family is the equation over CuPy arrays."""
 
     name = "cupy"

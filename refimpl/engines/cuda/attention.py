@@ -12,6 +12,7 @@ from refimpl.engines.chunked import chunked_linear_attention
 from refimpl.engines.cuda import shapes
 from refimpl.engines.cuda.fused import FusedAttention
 from refimpl.engines.cuda.launch import Source, dtype_of
+from refimpl.engines.cuda.selection import LongRows, is_long
 from refimpl.engines.cuda.shapes import (
     WIDE,
     as_map,
@@ -33,7 +34,7 @@ from refimpl.errors import ShapeError
 MAPS = Source("maps.cu", ("relative<T>", "hide<T>", "softmax<T, T>", "softmax<A, T>"))  # a fused op's scores are wide
 
 
-class Attention(FusedAttention):
+class Attention(FusedAttention, LongRows):
     """Stacks of products have the batch axes (B, Hkv, G), G = H / Hkv query heads on one key head."""
 
     def scores(self, q: Array, k: Array, scale: float, causal: bool = False, mask: Array | None = None) -> Array:
@@ -58,6 +59,8 @@ class Attention(FusedAttention):
         return out
 
     def softmax(self, scores: Array, causal: bool = False) -> Array:
+        if not causal and is_long(math.prod(scores.shape[:3]), scores.shape[3]):
+            return self._long_softmax(scores)
         out = self.xp.empty(scores.shape, scores.dtype)
         self._softmax(scores, out, *visible(scores, causal), None)
         return out
