@@ -181,6 +181,7 @@ def _check_kv_len(config: ModelConfig, kv_len: int | None) -> None:
 def compared(plan: Plan, hardware: str | Hardware | None, progress: Progress) -> dict[str, Any]:
     """The result without its context; with ``"interrupted": True`` after Ctrl-C."""
     request = plan.request
+    machines.require(request.engine)
     machine = machines.choose(hardware, request.engine, request.threads, request.dtype, progress)
     _check_memory(plan, plan.wanted.windows or WINDOWS)
     ops = machines.started(request.engine, request.threads, progress)

@@ -89,11 +89,17 @@ def cores() -> int:
 
 
 def available_bytes(device: str) -> int:
-    """Memory that can be had now."""
-    if device == "gpu":
-        import cupy
+    """Memory that can be had now.
 
-        return int(cupy.cuda.Device().mem_info[0])
+    Raises
+    ------
+    MissingDependencyError
+        If it is that of a GPU, and there is none or no CuPy.
+    """
+    if device == "gpu":
+        from refimpl.engines import engine
+
+        return int(engine("cupy").free_bytes())  # type: ignore[attr-defined]  # of that engine alone
     import psutil
 
     return int(psutil.virtual_memory().available)

@@ -58,12 +58,12 @@ def choose(given: str | Hardware | None, engine: str, threads: int, dtype: str, 
         return profile
     if given == LOCAL:
         raise ConfigError(
-            f"no profile of this machine for engine {engine}, {threads} threads, {dtype}: run 'effref calibrate' with "
+            f"no profile of this machine for engine {_under(engine, threads)}, {dtype}: run 'effref calibrate' with "
             "these values, or name a preset from 'effref list hardware'"
         )
     hardware = nearest_preset(engine, threads)
     progress.note(
-        f"not calibrated for {engine}, {threads} threads, {dtype}: times are lower bounds from the spec sheet of "
+        f"not calibrated for {_under(engine, threads)}, {dtype}: times are lower bounds from the spec sheet of "
         f"{hardware.name}; 'effref calibrate' makes them forecasts"
     )
     return hardware
@@ -85,8 +85,9 @@ def calibrate(engine: str, threads: int, dtype: str, seconds: float | None, prog
     """Calibrate this machine, keep the profile, and say so."""
     from . import calibration
 
+    require(engine)
     given = {} if seconds is None else {"seconds": seconds}
-    progress.stage(f"calibrating {engine}, {threads} threads, {dtype}: once, for a while")
+    progress.stage(f"calibrating {_under(engine, threads)}, {dtype}: once, for a while")
     start = time.perf_counter()
     with limited(engine, threads), disturbances_noted("calibrating", progress):
         hardware = calibration.calibrate(engine, threads, dtype, progress=progress.advance, **given)
@@ -118,6 +119,17 @@ def disturbances_noted(what: str, progress: Progress) -> Iterator[None]:
             f"other programs kept {others:.1f} of {psutil.cpu_count()} cores busy while {what}: the times are too long "
             "and unsteady; close them and run again"
         )
+
+
+def require(engine: str) -> None:
+    """Raise MissingDependencyError where the engine is one for GPUs and there is no GPU; nothing is compiled."""
+    if ENGINES[engine][2] == "gpu":
+        get_engine(engine)
+
+
+def _under(engine: str, threads: int) -> str:
+    """What a profile is for: threads are those of the CPU."""
+    return engine if ENGINES[engine][2] == "gpu" else f"{engine}, {threads} threads"
 
 
 def started(engine: str, threads: int, progress: Progress) -> Engine:

@@ -34,6 +34,7 @@ COMMANDS = {
     "audit": ".command_audit",
 }
 UNSERVED, INTERRUPTED = 2, 130
+CUPY = ("cupy", "cupy_backends")  # whose modules raise what CUDA, cuBLAS and the compiler report
 
 
 class Effref(click.Group):
@@ -86,6 +87,8 @@ def _exit_code(run: Any) -> int:
     except Exception as error:
         if sys.flags.dev_mode:
             raise
+        if type(error).__module__.split(".")[0] in CUPY:
+            return _fail(f"the GPU failed ({error}): 'nvidia-smi' shows whether it works and who else uses it")
         shown = "'python -X dev -m effref ...' shows where; please report it"
         return _fail(f"this is a bug in effref ({type(error).__name__}: {error}): {shown}")
 

@@ -15,10 +15,11 @@ import numpy as np
 
 from refimpl.errors import ConfigError, EffrefError
 
-from . import files, pareto
+from . import files, machines, pareto
 from .files import OutputError
 from .grid import Block, Grid
 from .progress import Progress
+from .request import device_and_engine
 from .sweep_rows import MEASURE_COLUMNS, ParquetWriter, line, parsed
 from .sweeping import Plan, Summary, refuse_empty, sidecar
 
@@ -126,6 +127,8 @@ def row_of(number: int, document: Mapping[str, Any]) -> dict[str, Any]:
 def measured(plan: Plan, timing: Timing, progress: Progress) -> Summary:
     """Measure what is not in the file yet; with Ctrl-C what is done stays there."""
     assert plan.path is not None  # a plan that measures has one
+    if plan.cluster is None:  # on a cluster the workers need a GPU, not this machine
+        machines.require(device_and_engine(plan.device, plan.engine)[1])
     summary = Summary(plan.grid.size)
     checksum = plan.grid.checksum(device=plan.device, engine=plan.engine, threads=plan.threads, **asdict(timing))
     with Journal(plan.path, checksum, plan.grid) as journal:

@@ -112,6 +112,8 @@ def planned(
     if model is not None:
         resolve_config(model)
     machines.find(hardware)
+    if measure:
+        machines.require(engine)
     names = None if method is None else (method,) if isinstance(method, str) else tuple(method)
     count = threads or context.cores()
     return Plan(tuple(chosen), names, model, device, engine, count, hardware, measure, max_seconds, seed)
