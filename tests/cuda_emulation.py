@@ -137,7 +137,7 @@ class HostModule:
         kinds.restype = ctypes.c_char_p
         codes = kinds().decode()
 
-        def launch(grid, block, arguments):
+        def launch(grid, block, arguments, shared_mem=0):
             given = "".join("p" if isinstance(a, np.ndarray) else a.dtype.kind.replace("f", "d") for a in arguments)
             assert given == codes, f"{name} takes {codes}; given {given}"
             assert all(not isinstance(a, np.generic) or a.itemsize == 8 for a in arguments)

@@ -1,0 +1,222 @@
+"""Attention: materialised maps, and the fused ops, which hold a few rows of the map at a time.
+
+A fused op holds at most `shapes.SCRATCH_BYTES`, in float32 where the arrays are float16. A hidden weight is not read,
+but a NaN or infinite value at a hidden key reaches the rows of its block (0 times NaN).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from refimpl.engines.chunked import chunked_linear_attention
+from refimpl.engines.cuda import shapes
+from refimpl.engines.cuda.launch import Source, dtype_of
+from refimpl.engines.cuda.products import Products
+from refimpl.engines.cuda.shapes import (
+    WIDE,
+    as_map,
+    band_of,
+    block_per_row,
+    element_strides,
+    grouped,
+    head_blocks,
+    map_row_bytes,
+    query_blocks,
+    rows_by_columns,
+    rows_that_fit,
+    visible,
+)  # fmt: skip
+from refimpl.engines.numpy_engine import check_band, check_keys_mask
+from refimpl.engines.protocol import Array
+from refimpl.errors import ShapeError
+
+MAPS = Source("maps.cu", ("relative<T>", "hide<T>", "softmax<T, T>", "softmax<A, T>"))  # a fused op's scores are wide
+
+
+class Attention(Products):
+    """Stacks of products have the batch axes (B, Hkv, G), G = H / Hkv query heads on one key head."""
+
+    def scores(self, q: Array, k: Array, scale: float, causal: bool = False, mask: Array | None = None) -> Array:
+        batch, heads, q_len, _ = q.shape
+        groups, k_len = k.shape[1:3]
+        stack = self.xp.empty((batch, groups, heads // groups, q_len, k_len), q.dtype)
+        q, k = grouped(q, groups), k[:, :, None]
+        for rows, seen in query_blocks(q_len, k_len, shapes.CAUSAL_ROWS if causal else q_len, causal):
+            products = stack[:, :, :, rows, :seen]
+            self._multiply(q[:, :, :, rows], k[:, :, :, :seen], products, transposed=True, alpha=scale)
+        s = stack.reshape(batch, heads, q_len, k_len)
+        if causal or mask is not None:
+            self._hide_keys(s, causal, mask)
+        return s
+
+    def add_relative(self, scores: Array, position: Array) -> Array:
+        batch, heads, length, keys = scores.shape
+        if position.shape != (batch, heads, length, 2 * length - 1) or length != keys:
+            raise ShapeError(f"position scores {position.shape} do not go with scores {scores.shape}")
+        out = self.xp.empty(scores.shape, scores.dtype)
+        self._add_relative(scores, position, out)
+        return out
+
+    def softmax(self, scores: Array, causal: bool = False) -> Array:
+        out = self.xp.empty(scores.shape, scores.dtype)
+        self._softmax(scores, out, *visible(scores, causal), None)
+        return out
+
+    def weighted_sum(self, weights: Array, v: Array, causal: bool = False) -> Array:
+        batch, heads, q_len, k_len = weights.shape
+        out, stack = self._heads_last(batch, heads, q_len, v)
+        weights, v = grouped(weights, v.shape[1]), v[:, :, None]
+        if not causal:
+            self._multiply(weights, v, stack)
+            return out
+        for rows, seen in query_blocks(q_len, k_len, shapes.CAUSAL_ROWS, causal):
+            all_see = rows.start + 1 + k_len - q_len  # keys that every row of the block sees
+            self._multiply(weights[:, :, :, rows, :all_see], v[:, :, :, :all_see], stack[:, :, :, rows])
+            corner = self._strictly_lower(weights[:, :, :, rows, all_see:seen])
+            self._multiply(corner, v[:, :, :, all_see:seen], stack[:, :, :, rows], beta=1.0)
+        return out
+
+    def attention(
+        self, q: Array, k: Array, v: Array, scale: float | None = None, causal: bool = False,
+        mask: Array | None = None,
+    ) -> Array:  # fmt: skip
+        scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
+        return self._fused(q, k, v, scale, causal, mask)
+
+    def relative_attention(
+        self, q: Array, q_position: Array, k: Array, v: Array, p: Array, scale: float,
+        causal: bool = False, mask: Array | None = None,
+    ) -> Array:  # fmt: skip
+        return self._fused(q, k, v, scale, causal, mask, (q_position, p[None]))
+
+    def local_attention(
+        self, q: Array, k: Array, v: Array, window: int, scale: float, causal: bool = False, mask: Array | None = None
+    ) -> Array:
+        check_band("local_attention", q, k, window)
+        return self._fused(q, k, v, scale, causal, mask, window=window)
+
+    def local_relative_attention(
+        self, q: Array, q_position: Array, k: Array, v: Array, p: Array, window: int, scale: float,
+        causal: bool = False, mask: Array | None = None,
+    ) -> Array:  # fmt: skip
+        check_band("local_relative_attention", q, k, window)
+        return self._fused(q, k, v, scale, causal, mask, (q_position, p[None]), window)
+
+    def project_length(self, x: Array, weight: Array, mask: Array | None = None) -> Array:
+        check_keys_mask("project_length", mask, x)
+        x = x if mask is None else self._only_seen(x, mask)
+        out = self.xp.empty((*x.shape[:2], len(weight), x.shape[3]), x.dtype)
+        self._multiply(weight[None, None], x, out)
+        return out
+
+    def linear_attention(self, q: Array, k: Array, v: Array, causal: bool = False, mask: Array | None = None) -> Array:
+        check_keys_mask("linear_attention", mask, k)
+        k = k if mask is None else self._only_seen(k, mask)
+        if causal:
+            check_band("linear_attention", q, k, 0)
+        wide = WIDE[dtype_of(q)]  # sums over all keys leave the range of float16
+        out = chunked_linear_attention(self.xp, q.astype(wide), k.astype(wide), v.astype(wide), causal)
+        return out.astype(q.dtype, copy=False)
+
+    # --- shared steps -------------------------------------------------------------------------------------------
+
+    def _fused(
+        self, q: Array, k: Array, v: Array, scale: float, causal: bool, mask: Array | None,
+        position: tuple[Array, Array] | None = None, window: int | None = None,
+    ) -> Array:  # fmt: skip
+        """Attention by blocks: scores of a few rows, their softmax, their product with the values.
+
+        Within a band, a block of rows meets the keys that any of them sees; those that one row does not see are masked.
+        """
+        (batch, heads, q_len, _), (groups, k_len) = q.shape, k.shape[1:3]
+        out, stack = self._heads_last(batch, heads, q_len, v)
+        mask = None if mask is None else self.xp.broadcast_to(mask, (batch, heads, q_len, k_len))
+        q, k, v = grouped(q, groups), self._per_batch(k, batch), self._per_batch(v, batch)
+        row_bytes = map_row_bytes(k_len, q.dtype.name, position is not None)
+        for b, g, h in head_blocks(batch, groups, heads // groups, q_len, row_bytes):
+            size = rows_that_fit((b.stop - b.start) * (h.stop - h.start), q_len, row_bytes)
+            size = size if window is None else min(size, max(shapes.BLOCK_ROWS, window))
+            for rows, seen in query_blocks(q_len, k_len, size, causal):
+                keys = slice(0, seen) if window is None else band_of(rows, q_len, k_len, window, seen)
+                s = self._wide_products(q[b, g, :, rows], k[b, g, :, keys], scale)  # (b, g, G, rows, keys)
+                if position is not None:
+                    q_position, p = (grouped(x, groups) for x in position)
+                    self._add_position(s, q_position[b, g, :, rows], p[:, g], scale, rows, keys.start)
+                weights = s if s.dtype == q.dtype else self.xp.empty(s.shape, q.dtype)
+                part = None if mask is None else mask[b, h, rows, keys]
+                if window is not None:
+                    part = self._near(rows, keys, k_len - q_len, window) & (True if part is None else part)
+                first = rows.start + 1 + k_len - q_len - keys.start if causal else k_len  # keys that the first row sees
+                self._softmax(as_map(s), as_map(weights), first, int(causal), part)
+                self._multiply(weights, v[b, g, :, keys], stack[b, g, :, rows])
+        return out
+
+    def _near(self, rows: slice, keys: slice, shift: int, window: int) -> Array:
+        """True where a key is at most `window` positions from its row: (1, 1, rows, keys)."""
+        positions = self.xp.arange(rows.start + shift, rows.stop + shift)[:, None]
+        return (abs(self.xp.arange(keys.start, keys.stop) - positions) <= window)[None, None]
+
+    def _add_position(self, s: Array, q: Array, p: Array, scale: float, rows: slice, first: int) -> None:
+        """Add ``scale q_i . p[T - 1 - i + j]`` to scores (b, g, G, rows, keys) of these rows and keys from `first`."""
+        length, keys = (p.shape[3] + 1) // 2, s.shape[-1]
+        start = length - rows.stop + first
+        met = p[:, :, :, start : start + rows.stop - rows.start + keys - 1]  # (1, g, G, rows + keys - 1, D)
+        shifted = self._wide_products(q, met, scale)  # (b, g, G, rows, rows + keys - 1)
+        self._add_relative(as_map(s), as_map(shifted), s)
+
+    def _wide_products(self, q: Array, k: Array, scale: float) -> Array:
+        """``scale q kᵀ`` in the dtype that float16 is computed in."""
+        s = self.xp.empty((*q.shape[:-1], k.shape[-2]), WIDE[dtype_of(q)])
+        self._multiply(q, k, s, transposed=True, alpha=scale)
+        return s
+
+    def _heads_last(self, batch: int, heads: int, rows: int, v: Array) -> tuple[Array, Array]:
+        """Zeros (B, H, T, D) that lie in memory as (B, T, H, D), so that `merge_heads` need not copy; and the same
+        memory as a stack (B, Hkv, G, T, D)."""
+        groups, width = v.shape[1], v.shape[3]
+        out = self.xp.zeros((batch, rows, heads, width), v.dtype)
+        stack = out.reshape(batch, rows, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
+        return out.transpose(0, 2, 1, 3), stack
+
+    def _per_batch(self, x: Array, batch: int) -> Array:
+        """Keys or values (B or 1, Hkv, T, D) as (B, Hkv, 1, T, D), without a copy."""
+        return self.xp.broadcast_to(x, (batch, *x.shape[1:]))[:, :, None]
+
+    # --- launches -----------------------------------------------------------------------------------------------
+
+    def _hide_keys(self, s: Array, causal: bool, mask: Array | None) -> None:
+        batch, heads, block, keys = s.shape
+        rows = batch * heads * block
+        pointer, *masked = self._mask(s, mask)
+        sizes = rows, keys, heads, block, *visible(s, causal), *masked
+        self._launch(MAPS, "hide<T>", s, rows_by_columns(rows, keys), s, pointer, *sizes)
+
+    def _add_relative(self, scores: Array, position: Array, out: Array) -> None:
+        scores, position = self._unit_columns(scores), self._unit_columns(position)
+        batch, heads, block, keys = scores.shape
+        rows = batch * heads * block
+        strides = *element_strides(scores)[:3], *element_strides(position)[:3]
+        shape = rows_by_columns(rows, keys)
+        self._launch(MAPS, "relative<T>", scores, shape, scores, position, out, rows, keys, heads, block, *strides)
+
+    def _softmax(self, scores: Array, out: Array, seen: int, step: int, mask: Array | None) -> None:
+        scores = self._unit_columns(scores)
+        batch, heads, block, keys = scores.shape
+        pointer, *masked = self._mask(scores, mask)
+        shape = block_per_row(batch * heads * block, keys)
+        kernel = "softmax<T, T>" if scores.dtype == out.dtype else "softmax<A, T>"
+        sizes = keys, heads, block, seen, step, *element_strides(scores)[:3], *masked
+        self._launch(MAPS, kernel, out, shape, scores, out, pointer, *sizes)
+
+    def _strictly_lower(self, weights: Array) -> Array:
+        """A contiguous copy in which row i keeps its first i columns; zeros elsewhere."""
+        kept = self.xp.arange(weights.shape[-1]) < self.xp.arange(weights.shape[-2])[:, None]
+        return self.xp.where(kept, weights, weights.dtype.type(0))
+
+    def _mask(self, scores: Array, mask: Array | None) -> tuple[Any, ...]:
+        """A kernel's mask arguments: its array, 1 and its strides; any array, 0 and zeros where there is none."""
+        if mask is None:
+            return scores, 0, 0, 0, 0, 0
+        mask = self.xp.broadcast_to(mask if mask.dtype == bool else mask != 0, scores.shape)
+        return mask, 1, *element_strides(mask)

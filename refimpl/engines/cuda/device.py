@@ -1,0 +1,84 @@
+"""The device: what an engine asks of CuPy beside ops. Marks are events in the current stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from refimpl.engines.numpy_engine import NumpyEngine
+from refimpl.engines.protocol import Array
+from refimpl.errors import MissingDependencyError
+
+
+class Device(NumpyEngine):
+    """The current CUDA device; the ops are the equations over CuPy arrays until a family of kernels replaces them."""
+
+    def __init__(self) -> None:
+        super().__init__(require_cupy())
+
+    def to_numpy(self, array: Array) -> Array:
+        return self.xp.asnumpy(array)
+
+    def mark(self) -> Any:
+        event = self.xp.cuda.Event()
+        event.record()
+        return event
+
+    def elapsed_s(self, start: Any, stop: Any) -> float:
+        stop.synchronize()
+        return float(self.xp.cuda.get_elapsed_time(start, stop)) / 1e3
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that was queued."""
+        self.xp.cuda.Device().synchronize()
+
+    def free_bytes(self) -> int:
+        """Device memory that can still be allocated, CuPy's pool included."""
+        free, _ = self.xp.cuda.runtime.memGetInfo()
+        return int(free + self.xp.get_default_memory_pool().free_bytes())
+
+    def device_name(self) -> str:
+        """The GPU's name, such as "NVIDIA H100 80GB HBM3"."""
+        name = self.xp.cuda.runtime.getDeviceProperties(self.xp.cuda.Device().id)["name"]
+        return name.decode() if isinstance(name, bytes) else str(name)
+
+    def split_heads(self, x: Array, heads: int) -> Array:
+        batch, length, width = x.shape
+        return x.reshape(batch, length, heads, width // heads).transpose(0, 2, 1, 3)
+
+    def merge_heads(self, x: Array) -> Array:
+        batch, heads, length, width = x.shape
+        return x.transpose(0, 2, 1, 3).reshape(batch, length, heads * width)
+
+    def reshape(self, x: Array, shape: tuple[int, ...]) -> Array:
+        return x.reshape(shape)
+
+
+def require_cupy() -> Any:
+    """CuPy, with a device and the libraries that the engine calls; else MissingDependencyError, one line."""
+    try:
+        import cupy
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            "CuPy is not installed: pip install 'effref[gpu]' (CUDA 12) or cupy-cuda13x (CUDA 13), and an NVIDIA GPU "
+            "with its driver is needed"
+        ) from error
+    except ImportError as error:
+        raise MissingDependencyError(f"CuPy cannot be loaded: {one_line(error)}") from error
+    try:
+        devices = cupy.cuda.runtime.getDeviceCount()
+    except Exception as error:  # CUDARuntimeError, a class that CuPy does not export
+        raise MissingDependencyError(f"CuPy finds no NVIDIA GPU: {one_line(error)}") from error
+    if devices == 0:
+        raise MissingDependencyError("CuPy finds no NVIDIA GPU: the driver lists no device")
+    try:
+        cupy.cuda.cublas, cupy.cuda.nvrtc  # noqa: B018 - loaded at first use
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"CuPy cannot load cuBLAS or NVRTC; install the CUDA toolkit, or cupy-cuda12x[ctk]: {one_line(error)}"
+        ) from error
+    return cupy
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, without line breaks."""
+    return " ".join(str(error).split())

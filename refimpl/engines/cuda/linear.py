@@ -1,0 +1,64 @@
+"""Linear maps and convolutions: products by cuBLAS, windows by kernels."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+from refimpl.engines.cuda.elementwise import ELEMENTWISE
+from refimpl.engines.cuda.products import Products
+from refimpl.engines.cuda.shapes import rows_by_columns
+from refimpl.engines.protocol import Array
+from refimpl.errors import ShapeError
+
+
+class LinearMaps(Products):
+    """`linear` and what is made of it."""
+
+    def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+        rows, (d_out, d_in) = math.prod(x.shape[:-1]), weight.shape
+        if x.shape[-1] != d_in:
+            raise ShapeError(f"x has shape {x.shape}; the weight {weight.shape} needs rows of {d_in}")
+        out = self.xp.empty((*x.shape[:-1], d_out), x.dtype)
+        if bias is not None:
+            out[...] = self._operand(x, bias, (d_out,))  # the product is added to it
+        self._multiply(
+            x.reshape(rows, d_in), weight, out.reshape(rows, d_out), transposed=True, beta=float(bias is not None)
+        )
+        return out
+
+    def project(self, x: Array, weight: Array, bias: Array | None, widths: tuple[int, ...]) -> tuple[Array, ...]:
+        y = self.linear(x, weight, bias)  # (..., sum of widths); the parts are views of it
+        ends = itertools.accumulate(widths)
+        return tuple(y[..., end - width : end] for end, width in zip(ends, widths, strict=True))
+
+    def conv1d(self, x: Array, weight: Array, bias: Array, stride: int) -> Array:
+        (batch, length, d_in), (d_out, kernel, _) = x.shape, weight.shape
+        if weight.shape[2] != d_in:
+            raise ShapeError(f"x has shape {x.shape}; the weight {weight.shape} needs rows of {weight.shape[2]}")
+        steps = -(-length // stride)
+        windows = self.xp.empty((batch, steps, kernel * d_in), x.dtype)
+        x, _, _, row = self._rows(x)
+        shape = rows_by_columns(batch * steps, kernel * d_in)
+        self._launch(
+            ELEMENTWISE, "windows<T>", x, shape, x, windows, batch * steps, d_in, row, length, steps, kernel, stride
+        )
+        return self.linear(windows, weight.reshape(d_out, kernel * d_in), bias)
+
+    def depthwise_conv(self, x: Array, weight: Array, bias: Array) -> Array:
+        kernel, width = weight.shape[0], x.shape[-1]
+        operands = self._operand(x, weight, (kernel, width)), self._operand(x, bias, (width,))
+        return self._by_rows(ELEMENTWISE, "depthwise<T>", x, operands, x.shape[1], kernel)
+
+    def block_linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+        blocks, d_out, d_in = weight.shape
+        if x.shape[-1] != blocks * d_in:
+            raise ShapeError(f"x has shape {x.shape}; the weight {weight.shape} needs rows of {blocks * d_in}")
+        out = self.xp.empty((*x.shape[:-1], blocks * d_out), x.dtype)
+        if bias is not None:
+            out[...] = self._operand(x, bias, (blocks * d_out,))  # the products are added to it
+        rows = math.prod(x.shape[:-1])
+        parts = x.reshape(rows, blocks, d_in).transpose(1, 0, 2)  # (n, rows, q)
+        products = out.reshape(rows, blocks, d_out).transpose(1, 0, 2)  # (n, rows, p)
+        self._multiply(parts, weight, products, transposed=True, beta=float(bias is not None))
+        return out
