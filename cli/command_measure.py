@@ -9,11 +9,12 @@ from typing import Any
 import click
 
 from . import options, render
+from .endings import exit_code
 from .output import Target
 from .progress import Progress
 from .request import resolve
 
-GATE_FAILED, INTERRUPTED = 1, 130
+GATE_FAILED = 1
 
 
 @click.command("measure", short_help="Measured beside predicted time.")
@@ -21,6 +22,7 @@ GATE_FAILED, INTERRUPTED = 1, 130
 @options.method_options
 @options.input_option
 @options.engine_options
+@options.gpu_options
 @options.hardware_option
 @options.timing_options
 @options.output_options("table", "json", "csv", "md")
@@ -57,11 +59,11 @@ def command(
     timing = Timing(repeats or default_repeats(request), warmup, max_seconds, seed)
     document = measured(request, hardware, source, timing, progress)
     if target.needs_context:
-        from .context import context
+        from .context import completed
 
-        document["context"] = context(request.threads)
+        document = completed(document, request.threads)
     target.write(document, lambda: render.measure_blocks(document, request.baselines(baseline)), progress)
-    return INTERRUPTED if "interrupted" in document else _gate(document, fail_above)
+    return exit_code(document) or _gate(document, fail_above)
 
 
 def _gate(document: dict[str, Any], fail_above: float | None) -> int:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from costmodel.hardware import Hardware, MemoryLevel, load_hardware, presets
 from refimpl.engines import ENGINES
@@ -89,8 +90,9 @@ def calibrate(engine: str, threads: int, dtype: str, seconds: float | None, prog
     given = {} if seconds is None else {"seconds": seconds}
     progress.stage(f"calibrating {_under(engine, threads)}, {dtype}: once, for a while")
     start = time.perf_counter()
-    with limited(engine, threads), disturbances_noted("calibrating", progress):
+    with limited(engine, threads), disturbances_noted("calibrating", progress, ENGINES[engine][2]) as seen:
         hardware = calibration.calibrate(engine, threads, dtype, progress=progress.advance, **given)
+    hardware = replace(hardware, about={**hardware.about, **seen})
     spent = time.perf_counter() - start
     try:
         progress.line(f"calibrated in {spent:.0f} s; profile kept in {profiles.save(hardware, engine, threads, dtype)}")
@@ -100,8 +102,28 @@ def calibrate(engine: str, threads: int, dtype: str, seconds: float | None, prog
 
 
 @contextmanager
-def disturbances_noted(what: str, progress: Progress) -> Iterator[None]:
-    """Note when other programs (or other guests of the host) kept cores busy meanwhile: times are then too long."""
+def disturbances_noted(what: str, progress: Progress, device: str = "cpu") -> Iterator[dict[str, Any]]:
+    """Note what made times too long meanwhile: other programs that kept cores busy, a GPU that lowered its clocks.
+
+    Yields
+    ------
+    seen : dict
+        Afterwards what belongs into the ``context`` of the result: ``gpu_state``, on a GPU that tells it.
+    """
+    seen: dict[str, Any] = {}
+    with busy_cores_noted(what, progress):
+        if device == "gpu":
+            from . import gpu
+
+            with gpu.watched(seen, progress.note, what):
+                yield seen
+        else:
+            yield seen
+
+
+@contextmanager
+def busy_cores_noted(what: str, progress: Progress) -> Iterator[None]:
+    """Note when other programs (or other guests of the host) kept cores busy meanwhile."""
     import psutil
 
     def used_s() -> tuple[float, float, float]:

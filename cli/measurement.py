@@ -29,7 +29,7 @@ from refimpl.parameters import PARAMETERS
 from refimpl.parameters.composition import members
 from refimpl.weights import Model, load_model
 
-from . import context, machines, results
+from . import context, endings, gpu, machines, results
 from .agreement import agreement
 from .preparation import prepared
 from .progress import Progress
@@ -128,7 +128,7 @@ def measure(
     source = Source(None if input_file is None else Path(input_file), own_length=seq is None and phase == "prefill")
     timing = Timing(repeats or default_repeats(request), warmup, max_seconds, seed)
     document = measured(request, hardware, source, timing, Progress())
-    return {**document, "context": context.context(request.threads)}
+    return context.completed(document, request.threads)
 
 
 def default_repeats(request: Request) -> int:
@@ -185,13 +185,13 @@ def measured(
         for note in dict.fromkeys(note for given in inputs.values() for note in given.notes):
             progress.note(note)
         bench = Bench(request, methods, machine, Runner(model, ops), inputs, timing, progress)
-        with machines.disturbances_noted("measuring", progress):
-            finished = bench.run()
+        with machines.disturbances_noted("measuring", progress, request.device) as seen:
+            ended = bench.run()
     found = bench.results()
     document = results.document(request, machine, found, progress.notes)
     document["config"] |= {**vars(timing), "input": str(source.path) if source.path else "seeded random"}
     document["accuracy"] = results.accuracy(found) | _rivals(bench, found)
-    return document if finished else {**document, "interrupted": True}
+    return document | ended | ({"context": seen} if seen else {})
 
 
 def _what_fits(request: Request, progress: Progress) -> tuple[str, ...]:
@@ -203,7 +203,10 @@ def _what_fits(request: Request, progress: Progress) -> tuple[str, ...]:
         if needed <= available:
             fitting.append(name)
             continue
-        shortage = f"{name} needs {needed / 2**30:.2f} GiB of memory and {available / 2**30:.2f} GiB are available"
+        shortage = (
+            f"{name} needs {needed / 2**30:.2f} GiB of memory and {available / 2**30:.2f} GiB are available"
+            f"{gpu.held_by_others(request.device)}"
+        )
         if name in request.methods:
             raise UnsupportedError(f"{shortage}: lower --seq, --batch or --layers, or take --method flash")
         progress.note(f"{shortage}: no ratio to it")
@@ -268,19 +271,14 @@ class Bench:
             ready[length] = found
         return dict(sorted(ready.items()))
 
-    def run(self) -> bool:
-        """Measure all lengths; False when it was interrupted, with what was seen until then."""
-        try:
+    def run(self) -> dict[str, Any]:
+        """Measure all lengths; why it ended early, if it did, with what was seen until then."""
+
+        def all_lengths() -> None:
             for length in self.request.lengths:
                 self._measure_length(length)
-        except KeyboardInterrupt:
-            if not self.results():
-                raise
-            self.progress.note("interrupted: what was measured until then is shown")
-            return False
-        finally:
-            self.progress.done()
-        return True
+
+        return endings.worked(all_lengths, self.results, self.progress)
 
     def _measure_length(self, length: int) -> None:
         lengths = self.request.lengths

@@ -15,7 +15,7 @@ import numpy as np
 
 from refimpl.errors import ConfigError, EffrefError
 
-from . import files, machines, pareto
+from . import files, gpu, machines, pareto
 from .files import OutputError
 from .grid import Block, Grid
 from .progress import Progress
@@ -93,6 +93,12 @@ def measure_point(point: Point) -> Outcome:
         document = measure(**point.request)
     except EffrefError as error:
         return Outcome(point.number, reason=str(error))
+    except Exception as error:
+        if not gpu.out_of_memory(error):
+            raise
+        return Outcome(point.number, reason=gpu.shortage(error))
+    if "out_of_memory" in document:
+        return Outcome(point.number, reason=document["out_of_memory"])
     if "interrupted" in document:
         raise KeyboardInterrupt
     return Outcome(point.number, row_of(point.number, document))

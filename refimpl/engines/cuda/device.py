@@ -6,7 +6,7 @@ from typing import Any
 
 from refimpl.engines.numpy_engine import NumpyEngine
 from refimpl.engines.protocol import Array
-from refimpl.errors import MissingDependencyError
+from refimpl.errors import ConfigError, MissingDependencyError
 
 
 class Device(NumpyEngine):
@@ -32,14 +32,25 @@ class Device(NumpyEngine):
         self.xp.cuda.Device().synchronize()
 
     def free_bytes(self) -> int:
-        """Device memory that can still be allocated, CuPy's pool included."""
+        """Device memory that can still be allocated, CuPy's pool included, within the pool's limit if it has one."""
         free, _ = self.xp.cuda.runtime.memGetInfo()
-        return int(free + self.xp.get_default_memory_pool().free_bytes())
+        pool = self.xp.get_default_memory_pool()
+        room, limit = int(free + pool.free_bytes()), pool.get_limit()
+        return min(room, max(int(limit - pool.used_bytes()), 0)) if limit else room
+
+    def memory_bytes(self) -> tuple[int, int]:
+        """Device memory in all, and what of it is neither free nor this process's: other programs and the driver."""
+        free, total = self.xp.cuda.runtime.memGetInfo()
+        return int(total), int(total - free - self.xp.get_default_memory_pool().total_bytes())
 
     def device_name(self) -> str:
         """The GPU's name, such as "NVIDIA H100 80GB HBM3"."""
         name = self.xp.cuda.runtime.getDeviceProperties(self.xp.cuda.Device().id)["name"]
         return name.decode() if isinstance(name, bytes) else str(name)
+
+    def bus_id(self) -> str:
+        """Where the GPU is on the PCI bus, by which NVIDIA's management library knows it."""
+        return str(self.xp.cuda.Device().pci_bus_id)
 
     def split_heads(self, x: Array, heads: int) -> Array:
         batch, length, width = x.shape
@@ -75,6 +86,16 @@ def require_cupy() -> Any:
     except ImportError as error:
         raise MissingDependencyError(
             f"CuPy cannot load cuBLAS or NVRTC; install the CUDA toolkit, or cupy-cuda12x[ctk]: {one_line(error)}"
+        ) from error
+    try:
+        cupy.get_default_memory_pool().get_limit()  # starts CUDA on the device, and reads the variable
+    except ValueError as error:
+        raise ConfigError(
+            f"CUPY_GPU_MEMORY_LIMIT must be bytes, or a part of all memory as 40%: {one_line(error)}"
+        ) from error
+    except Exception as error:
+        raise MissingDependencyError(
+            f"the GPU cannot be used: {one_line(error)}; 'nvidia-smi' shows whether it works and who else uses it"
         ) from error
     return cupy
 
