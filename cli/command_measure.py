@@ -25,6 +25,14 @@ GATE_FAILED = 1
 @options.gpu_options
 @options.hardware_option
 @options.timing_options
+@click.option(
+    "--l2",
+    metavar="NAME",
+    default="warm",
+    show_default=True,
+    help="warm or cold: overwrite the GPU's cache before each pass.",
+)
+@click.option("--graph", is_flag=True, help="Time totals on passes replayed as CUDA graphs.")
 @options.output_options("table", "json", "csv", "md")
 @options.plot_option
 @click.option(
@@ -36,7 +44,7 @@ GATE_FAILED = 1
 def command(
     baseline: str | None, hardware: str | None, form: str | None, path: Path | None, plot: Path | None, quiet: bool,
     input_file: Path | None, fail_above: float | None, repeats: int | None, warmup: int, max_seconds: float, seed: int,
-    **given: Any,
+    l2: str, graph: bool, **given: Any,
 ) -> int:  # fmt: skip
     """Run methods and print measured beside predicted time, component by component and in total.
 
@@ -48,6 +56,7 @@ def command(
       effref measure --method reuse --set reuse.group=3 --seq 512,2048 --plot reuse.svg
       effref measure --model smollm2-135m --phase decode --kv-len 256,1024 --method dense,kvsharer
       effref measure --model bert-base --device gpu --format json --output bert.json
+      effref measure --seq 64,128 --device gpu --graph --l2 cold
       effref measure --seq 512 --fail-above 15
     """
     from .measurement import Source, Timing, default_repeats, measured
@@ -56,7 +65,7 @@ def command(
     progress = Progress.on_stderr(quiet)
     source = Source(input_file, own_length=given["seq"] is None and given["phase"] == "prefill")
     request = resolve(**options.request_options(given))
-    timing = Timing(repeats or default_repeats(request), warmup, max_seconds, seed)
+    timing = Timing(repeats or default_repeats(request), warmup, max_seconds, seed, l2, graph)
     document = measured(request, hardware, source, timing, progress)
     if target.needs_context:
         from .context import completed

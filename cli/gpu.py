@@ -90,7 +90,11 @@ def held_by_others(device: str) -> str:
     named = [f"process {pid}{name} holds {_gib(held)}" for pid, name, held in holders if held > MENTIONED * total]
     if named:
         return f" ({', '.join(named)})"
-    return f" ({_gib(elsewhere)} of {_gib(total)} are held by others)" if elsewhere > MENTIONED * total else ""
+    return (
+        f" ({_gib(elsewhere)} of {_gib(total)} are held by other programs and the driver)"
+        if elsewhere > MENTIONED * total
+        else ""
+    )
 
 
 def _holders(nvml: Any, handle: Any) -> list[tuple[int, str, int]]:

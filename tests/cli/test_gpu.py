@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from effref import gpu
 from effref.context import _gpus, available_bytes, gpu_name
-from simulated_gpu import SimulatedGpu
+from simulated_gpu import L2_BYTES, LAUNCH_S, OVERHEAD_S, SimulatedCupy, SimulatedGpu
 
 from refimpl.engines import ENGINES
 
@@ -22,10 +22,13 @@ RUN = [*TINY, "--device", "gpu", "--repeats", "2"]
 
 
 @pytest.fixture(autouse=True)
-def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
+def cupy(monkeypatch: pytest.MonkeyPatch) -> SimulatedCupy:
+    found = SimulatedCupy()
+    monkeypatch.setitem(sys.modules, "cupy", found)
     monkeypatch.setitem(ENGINES, "cupy", ("simulated_gpu", "SimulatedGpu", "gpu"))
     monkeypatch.setitem(sys.modules, "pynvml", None)  # not installed, unless a test puts one there
     monkeypatch.setenv("CUPY_GPU_MEMORY_LIMIT", "")  # restored afterwards
+    return found
 
 
 @pytest.fixture
@@ -42,26 +45,28 @@ def on_gpu(effref, monkeypatch) -> Callable[..., Any]:
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_memory_of_the_gpu_is_asked_for(monkeypatch) -> None:
-    monkeypatch.setattr(SimulatedGpu, "free", 12345)
+def test_the_memory_of_the_gpu_is_asked_for(cupy) -> None:
+    cupy.free = 12345
     assert available_bytes("gpu") == 12345
 
 
 @pytest.mark.parametrize("command", ["measure", "fidelity"])
-def test_what_does_not_fit_is_refused_before_it_is_allocated(on_gpu, monkeypatch, command) -> None:
-    monkeypatch.setattr(SimulatedGpu, "free", 1000)
-    monkeypatch.setattr(SimulatedGpu, "elsewhere", 79 << 30)
+def test_what_does_not_fit_is_refused_before_it_is_allocated(on_gpu, cupy, command) -> None:
+    cupy.free, cupy.pool_free = 1 << 30, 3 << 30
+    cupy.limit = 1000
     said = error_of(on_gpu(command, *RUN, "--seq", "64"))
-    assert "0.00 GiB are available (79.00 GiB of 80.00 GiB are held by others): lower --seq" in said
+    assert (
+        "0.00 GiB are available (76.00 GiB of 80.00 GiB are held by other programs and the driver): lower --seq" in said
+    )
 
 
-def test_crossover_looks_up_to_what_fits(on_gpu, monkeypatch) -> None:
-    monkeypatch.setattr(SimulatedGpu, "free", 1000)
+def test_crossover_looks_up_to_what_fits(on_gpu, cupy) -> None:
+    cupy.free = 1000
     assert "or all memory" in error_of(on_gpu("crossover", *RUN[:-2], "--measure", "--range", "8:64"))
 
 
-def test_processes_that_hold_the_memory_are_named(on_gpu, monkeypatch, nvml) -> None:
-    monkeypatch.setattr(SimulatedGpu, "free", 1000)
+def test_processes_that_hold_the_memory_are_named(on_gpu, cupy, nvml) -> None:
+    cupy.free = 1000
     nvml.compute = [process(os.getpid(), 1 << 30), process(2**22 + 1, 3 << 30), process(os.getppid(), 70 << 30)]
     nvml.graphics = [process(2**22 + 2, None), process(2**22 + 3, 1 << 20)]  # not told; too little for a word
     said = error_of(on_gpu("measure", *RUN, "--seq", "64"))
@@ -149,6 +154,123 @@ def test_a_limit_needs_a_gpu_and_this_machine(on_gpu, tmp_path) -> None:
     assert "add --device gpu" in error_of(on_gpu("measure", *TINY, "--gpu-memory", "1GiB"))
     sweep = ["sweep", "grid.toml", "--device", "gpu", "--gpu-memory", "1GiB", "--cluster", "tcp://localhost:1"]
     assert "where the workers are started" in error_of(on_gpu(*sweep))
+
+
+# --- timing ---------------------------------------------------------------------------------------------------------
+
+
+def timed(on_gpu: Callable[..., Any], *words: str) -> dict[str, Any]:
+    result = on_gpu("measure", *RUN, "--format", "json", *words)
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_times_are_those_of_the_device(on_gpu) -> None:
+    """Events around each op and each pass, by the clock of the simulated machine."""
+    (one,) = timed(on_gpu, "--seq", "16", "--method", "dense")["results"]
+    components = sum(row["measured_s"]["median"] for row in one["components"])
+    assert one["total"]["measured_s"]["median"] == pytest.approx(components, rel=1e-9)
+    calls = one["total"]["calls"]
+    assert components > calls * OVERHEAD_S
+    assert components < calls * OVERHEAD_S * 1.5  # ops as small as these are launches
+
+
+def test_an_ordinary_pass_waits_at_its_end_only(on_gpu, cupy, monkeypatch) -> None:
+    from refimpl.model import Runner
+
+    waits = []
+    original = Runner._pass
+
+    def noted(self: Any, *arguments: Any) -> Any:
+        cupy.log.clear()
+        ops: list[int] = []
+        spend = cupy.spend
+        monkeypatch.setattr(cupy, "spend", lambda seconds: (ops.append(len(cupy.log)), spend(seconds)))
+        run = original(self, *arguments)
+        waits.append(sum(ops))
+        return run
+
+    monkeypatch.setattr(Runner, "_pass", noted)
+    timed(on_gpu, "--seq", "16", "--method", "dense")
+    assert len(waits) > 4
+    assert set(waits) == {0}  # nothing was waited for, nor read, before the last op was queued
+
+
+@pytest.mark.parametrize("model", ["conformer-m", "minilm-l6", "smollm2-135m"])
+def test_graphs_are_timed_without_the_launches(on_gpu, cupy, model) -> None:
+    words = ["--model", model, "--seq", "16,24", "--method", "dense,flash", "--vocab", "50"]
+    plain, graph = timed(on_gpu, *words), timed(on_gpu, *words, "--graph")
+    assert (plain["config"]["graph"], graph["config"]["graph"]) == (False, True)
+    assert "launch" in cupy.log
+    for before, after in zip(plain["results"], graph["results"], strict=True):
+        spared = (before["total"]["calls"]) * OVERHEAD_S - LAUNCH_S
+        saved = before["total"]["measured_s"]["median"] - after["total"]["measured_s"]["median"]
+        assert saved == pytest.approx(spared, rel=1e-6)
+        rows = zip(before["components"], after["components"], strict=True)
+        assert all(a["measured_s"]["median"] == pytest.approx(b["measured_s"]["median"]) for a, b in rows)
+        assert after["fidelity"]["rel_l2"] < 1e-5
+    assert any("replayed as CUDA graphs" in note for note in graph["notes"])
+
+
+def test_a_decoding_step_is_replayed_behind_the_same_positions(on_gpu, cupy) -> None:
+    words = "--phase decode --kv-len 4,9 --model smollm2-135m --kv-heads 2 --vocab 50 --method dense,reuse --graph"
+    found = timed(on_gpu, *words.split())
+    passes = 3 * 2 * (1 + 2)  # of dense, flash and reuse at two lengths: a warm-up and two repeats
+    assert cupy.log.count("launch") == passes
+    assert {one["kv_len"] for one in found["results"]} == {4, 9}
+    assert all(one["fidelity"]["rel_l2"] < 1e-5 for one in found["results"] if one["method"] == "dense")
+
+
+@pytest.mark.parametrize("method", ["reuse", "efficientasr", "latte", "headshare", "local", "linear", "linformer"])
+def test_methods_are_replayed(on_gpu, cupy, method) -> None:
+    found = timed(on_gpu, "--model", "minilm-l6", "--seq", "16", "--method", method, "--graph")
+    (one,) = found["results"]
+    plain = timed(on_gpu, "--model", "minilm-l6", "--seq", "16", "--method", method)["results"][0]
+    assert one["fidelity"]["rel_l2"] == pytest.approx(plain["fidelity"]["rel_l2"])
+
+
+def test_what_reads_a_result_on_its_way_is_refused(on_gpu) -> None:
+    said = error_of(on_gpu("measure", *RUN, "--model", "minilm-l6", "--seq", "16", "--method", "attmemo", "--graph"))
+    assert "attmemo: the pass cannot be recorded as a CUDA graph: the host reads a result within it" in said
+
+
+def test_a_cold_cache_is_overwritten_before_each_pass(on_gpu, cupy, monkeypatch) -> None:
+    cleared = []
+    original = SimulatedGpu.clear_cache
+
+    def noted(self: Any) -> None:
+        original(self)
+        assert self._cold.nbytes == 2 * L2_BYTES
+        cleared.append(cupy.clock_s)
+
+    monkeypatch.setattr(SimulatedGpu, "clear_cache", noted)
+    found = timed(on_gpu, "--seq", "16", "--method", "dense,flash", "--l2", "cold")
+    assert found["config"]["l2"] == "cold"
+    assert len(cleared) == 2 + 2 * 2 * 2  # the warm-up of both, two repeats of two passes of both
+    assert timed(on_gpu, "--seq", "16", "--method", "dense")["config"]["l2"] == "warm"
+    assert len(cleared) == 10
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--l2 cold --engine numpy", "--l2 cold is for GPUs: add --device gpu"),
+        ("--graph --engine numpy", "--graph is for GPUs: add --device gpu"),
+        ("--l2 col --device gpu", "did you mean 'cold'"),
+        ("--graph --device gpu --phase decode --model smollm2-135m --steps 2", "--graph replays one pass"),
+        ("--graph --device gpu --model emformer-rnnt-base --seq 8", "does not stream"),
+    ],
+)
+def test_timing_that_there_is_not(effref, words, said) -> None:
+    assert said in error_of(effref("measure", *words.split()))
+
+
+def test_graphs_need_memory_of_their_own(on_gpu, cupy) -> None:
+    words = ["measure", *RUN, "--seq", "64", "--method", "dense", "--format", "json"]
+    peak = json.loads(on_gpu(*words).stdout)["results"][0]["peak_bytes"]
+    cupy.free = peak + 1000
+    assert on_gpu(*words).exit_code == 0
+    assert "dense needs" in error_of(on_gpu(*words, "--graph"))
 
 
 # --- clocks and power ------------------------------------------------------------------------------------------------

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
+from simulated_gpu import L2_BYTES, SimulatedCupy, SimulatedGpu
 
 import refimpl
-from refimpl.errors import ConfigError, EffrefError, MissingDependencyError
+from refimpl.config import override, preset
+from refimpl.errors import ConfigError, EffrefError, MissingDependencyError, UnsupportedError
+from refimpl.model import Runner
+from refimpl.weights import load_model
 
 
 class CUDARuntimeError(RuntimeError):
@@ -73,3 +79,119 @@ def test_a_device_that_cannot_be_used(monkeypatch, refuses, kind, said) -> None:
     assert type(error.value) is kind
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+# --- graphs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def device(monkeypatch) -> Any:
+    cupy = SimulatedCupy()
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    return SimulatedGpu()
+
+
+def test_a_pass_runs_once_before_it_is_recorded(device) -> None:
+    x, seen = np.ones((2, 3), np.float32), []
+
+    def work() -> Any:
+        seen.append((device.xp.stream is not None, device.xp.log[-1]))
+        return device.relu(x)
+
+    device.xp.log.clear()
+    replay = device.record(work)
+    assert device.xp.log == ["wait for all", "using malloc of a pool", "wait for stream", "begin", "end"]
+    assert seen == [(True, "using malloc of a pool"), (True, "begin")]
+    assert device.xp.stream is None
+    before = device.xp.clock_s
+    output, seconds = replay()
+    assert device.xp.log[-2:] == ["launch", "wait"]
+    assert seconds == pytest.approx(device.xp.clock_s - before)
+    np.testing.assert_array_equal(output, x)
+
+
+def test_what_a_pass_uploads_is_uploaded_once(device) -> None:
+    """In another order and less the second time, as where the first run keeps something for later ones."""
+    mask, table, taken = np.eye(2, dtype=bool), np.arange(4.0), []
+
+    def work() -> Any:
+        hosts = [table, mask] if not taken else [mask.copy()]
+        taken.extend(device.asarray(host) for host in hosts)
+        return taken[0]
+
+    device.record(work)
+    assert taken[2] is taken[1]
+    assert device.uploads is None
+
+
+def refused(device: Any, work: Callable[[], Any]) -> str:
+    with pytest.raises(UnsupportedError) as error:
+        device.record(work)
+    assert device.uploads is None  # ordinary passes go on
+    assert device.xp.stream is None
+    np.testing.assert_array_equal(device.to_numpy(device.asarray(np.arange(3))), np.arange(3))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_pass_that_reads_a_result_is_refused(device) -> None:
+    assert "the host reads a result within it; leave --graph away" in refused(
+        device, lambda: device.to_numpy(device.relu(np.ones((2, 2))))
+    )
+
+
+def test_a_pass_that_uploads_other_things_each_time_is_refused(device) -> None:
+    random = np.random.default_rng(0)
+    assert "uploads something else" in refused(device, lambda: device.asarray(random.random(3)))
+    assert device.xp.log[-1] in ("end", "download")
+
+
+def test_a_capture_that_cuda_refuses(device) -> None:
+    """As where CuPy waits for the device within an op."""
+
+    def work() -> Any:
+        device.xp.invalid = True
+        return device.relu(np.ones((2, 2)))
+
+    assert "cudaErrorStreamCaptureInvalidated: operation failed in a capture" in refused(device, work)
+
+
+@pytest.mark.parametrize("error", [MemoryError("full"), ZeroDivisionError("a bug")])
+def test_other_errors_of_a_recorded_pass_are_themselves(device, error) -> None:
+    def work() -> Any:
+        if "begin" in device.xp.log:
+            raise error
+        return device.relu(np.ones((2, 2)))
+
+    with pytest.raises(type(error)):
+        device.record(work)
+    assert device.xp.log[-1] == "end"
+
+
+def test_a_recorded_pass_gives_what_an_ordinary_one_gives(device) -> None:
+    config = override(preset("smollm2-135m"), layers=2, d_model=24, heads=6, kv_heads=2, d_ff=20, vocab=50)
+    runner = Runner(load_model(config), device)
+    ready, ids = runner.prepare("dense"), np.arange(8).reshape(1, 8)
+    cache = runner.new_cache(8, ready)
+    runner(ids[:, :5], ready, cache=cache)
+    recorded = runner.recorded(ids[:, 5:], ready, cache=cache)
+    assert cache.length == 5
+    replayed = recorded()
+    assert cache.length == 5
+    np.testing.assert_array_equal(replayed.output, runner(ids[:, 5:], ready, cache=cache).output)
+    assert replayed.calls == []
+
+
+def test_engines_of_the_cpu_record_no_graphs() -> None:
+    runner = Runner(load_model(override(preset("bert-base"), layers=1, d_model=8, heads=2, d_ff=8, vocab=9)), "numpy")
+    with pytest.raises(UnsupportedError, match="take 'cupy'"):
+        runner.recorded(np.zeros((1, 2), np.int64), runner.prepare("dense"))
+
+
+def test_the_cache_is_overwritten_by_a_buffer_twice_its_size(device) -> None:
+    device.clear_cache()
+    first = device._cold
+    assert first.nbytes == 2 * L2_BYTES
+    assert device.xp.log[-1] == "wait for all"
+    device.clear_cache()
+    assert device._cold is first

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
+from refimpl.engines.cuda.graphs import Replay, Uploads, cannot
 from refimpl.engines.numpy_engine import NumpyEngine
 from refimpl.engines.protocol import Array
 from refimpl.errors import ConfigError, MissingDependencyError
@@ -14,8 +18,15 @@ class Device(NumpyEngine):
 
     def __init__(self) -> None:
         super().__init__(require_cupy())
+        self.uploads: Uploads | None = None  # while a pass is recorded as a graph
+        self._cold: Array | None = None
+
+    def asarray(self, host: Array) -> Array:
+        return super().asarray(host) if self.uploads is None else self.uploads.take(host, super().asarray)
 
     def to_numpy(self, array: Array) -> Array:
+        if self.uploads is not None:
+            raise cannot("the host reads a result within it")
         return self.xp.asnumpy(array)
 
     def mark(self) -> Any:
@@ -30,6 +41,18 @@ class Device(NumpyEngine):
     def synchronize(self) -> None:
         """Wait until the device has done all that was queued."""
         self.xp.cuda.Device().synchronize()
+
+    def clear_cache(self) -> None:
+        """Overwrite the second-level cache, with a buffer twice its size, and wait."""
+        if self._cold is None:
+            size = int(self.xp.cuda.Device().attributes["L2CacheSize"])
+            self._cold = self.xp.empty((2 * size,), np.uint8)
+        self._cold[...] = 0
+        self.synchronize()
+
+    def record(self, work: Callable[[], Array]) -> Replay:
+        """Record the ops of `work`, which returns its output, as a CUDA graph; see `Replay`."""
+        return Replay(self, work)
 
     def free_bytes(self) -> int:
         """Device memory that can still be allocated, CuPy's pool included, within the pool's limit if it has one."""
