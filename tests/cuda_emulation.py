@@ -7,94 +7,45 @@ strides and flags that cuBLAS would be given; guards around every array catch wh
 from __future__ import annotations
 
 import ctypes
+import functools
+import hashlib
+import itertools
 import math
+import os
+import re
 import subprocess
+import tempfile
 import time
 import types
+from pathlib import Path
 
 import numpy as np
 
-SHIM = r"""
-#include <cmath>
-#include <csetjmp>
-#include <cstring>
-#include <ucontext.h>
-#include <utility>
-#include <vector>
-using std::erf; using std::exp; using std::sqrt; using std::tanh;
-#define __device__
-#define __global__
-#define __shared__ static
-typedef _Float16 __half;
-struct Dim { unsigned x, y; };
-static Dim blockIdx, blockDim, threadIdx;
-static float __int_as_float(int bits) { float x; std::memcpy(&x, &bits, 4); return x; }
-
-struct Thread { ucontext_t context; jmp_buf place; std::vector<char> stack; bool started, done; };
-static jmp_buf scheduler;
-static Thread* current;
-static void __syncthreads() { if (!_setjmp(current->place)) _longjmp(scheduler, 1); }
-__attribute__((noinline)) static void resume() {
-    if (_setjmp(scheduler)) return;
-    if (current->started) _longjmp(current->place, 1);
-    current->started = true;
-    setcontext(&current->context);
-}
-
-template <typename... P, std::size_t... I>
-void call(void (*kernel)(P...), void** arguments, std::index_sequence<I...>) { kernel(*(P*) arguments[I]...); }
-
-template <typename... P> struct Job { static void (*kernel)(P...); static void** arguments; };
-template <typename... P> void (*Job<P...>::kernel)(P...);
-template <typename... P> void** Job<P...>::arguments;
-template <typename... P> void body() {
-    call(Job<P...>::kernel, Job<P...>::arguments, std::index_sequence_for<P...>());
-    current->done = true;
-    _longjmp(scheduler, 1);
-}
-
-// Run a kernel block by block, its threads in turn up to each barrier; 1 if only some of them reach one.
-template <typename... P> int run(void (*kernel)(P...), unsigned* shape, void** arguments) {
-    Job<P...>::kernel = kernel, Job<P...>::arguments = arguments;
-    blockDim = {shape[1], shape[2]};
-    static std::vector<Thread> threads;
-    threads.resize(blockDim.x * blockDim.y);
-    for (blockIdx = {0, 0}; blockIdx.x < shape[0]; ++blockIdx.x) {
-        for (Thread& thread : threads) {
-            thread.stack.resize(1 << 16), thread.started = thread.done = false;
-            getcontext(&thread.context);
-            thread.context.uc_stack.ss_sp = thread.stack.data(), thread.context.uc_stack.ss_size = thread.stack.size();
-            makecontext(&thread.context, (void (*)()) body<P...>, 0);
-        }
-        for (std::size_t finished = 0; finished < threads.size();) {
-            finished = 0;
-            for (std::size_t i = 0; i < threads.size(); ++i) {
-                current = &threads[i], threadIdx = {unsigned(i) % blockDim.x, unsigned(i) / blockDim.x};
-                if (!current->done) resume();
-                finished += current->done;
-            }
-            if (finished && finished < threads.size()) return 1;
-        }
-    }
-    return 0;
-}
-template <typename T> struct Kind { static const char code = 'p'; };
-template <> struct Kind<long long> { static const char code = 'i'; };
-template <> struct Kind<double> { static const char code = 'd'; };
-template <typename... P> const char* kinds(void (*)(P...)) {
-    static const char codes[] = {Kind<P>::code..., 0};
-    return codes;
-}
-"""
+SHIM = Path(__file__).parent / "cuda_shim.h"
+HEADERS = ("cuda_fp16.h", "cuda_runtime.h")  # what the sources include; the shim stands for all of them
 
 EXPORT = """
-extern "C" int run_{index}(unsigned* shape, void** arguments) {{ return run({name}, shape, arguments); }}
-extern "C" const char* kinds_{index}() {{ return kinds({name}); }}
+extern "C" const char* run_{index}(const unsigned* shape, void** arguments, int shared_bytes) {{
+    return emulation::run({name}, shape, arguments, shared_bytes);
+}}
+extern "C" const char* kinds_{index}() {{ return emulation::kinds({name}); }}
 """
 
-# Around every array lie signalling NaNs: reading them poisons a result, writing what was computed quiets them.
+FLAGS = (
+    "-DEMULATED", "-O1", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing", "-shared", "-fPIC",
+    "-fstack-clash-protection", "-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error",
+)  # fmt: skip
+SHARED_BYTES = 227 << 10  # of one block, on an H100
+
+# Around every array lie signalling NaNs: reading them poisons a result, writing what was computed quiets them. Around
+# integers lie bytes that hardly any result has.
 GUARD = 512  # elements
-SIGNALS = {np.float16: (np.uint16, 0x7D00), np.float32: (np.uint32, 0x7FA00000), np.float64: (np.uint64, 0x7FF4 << 48)}
+SIGNALS = {
+    np.dtype(np.float16): (np.uint16, 0x7D00),
+    np.dtype(np.float32): (np.uint32, 0x7FA00000),
+    np.dtype(np.float64): (np.uint64, 0x7FF4 << 48),
+}
+ALIGNMENT = 256  # bytes, of CuPy's arrays
 
 
 class HostArray(np.ndarray):
@@ -105,54 +56,76 @@ class HostArray(np.ndarray):
         return types.SimpleNamespace(ptr=self.ctypes.data)
 
 
+@functools.cache
+def half_instructions() -> tuple[str, ...]:
+    """The option for the CPU's own conversions of half, many times faster, where it has them."""
+    cpu = Path("/proc/cpuinfo")
+    return ("-mf16c",) if cpu.exists() and " f16c " in cpu.read_text() else ()
+
+
+def compiler_options(options) -> list[str]:
+    """Those of NVRTC's options that g++ knows."""
+    kept = []
+    for before, option in itertools.pairwise(("", *options)):
+        if before in ("-I", "-D") or re.match(r"-I|-D|--?std=", option):
+            kept.append(option)
+    return kept
+
+
+@functools.cache
+def compiled(folder: Path, code: str, options: tuple[str, ...], names: tuple[str, ...]) -> ctypes.CDLL:
+    """The library of the kernels `names`; one that lies in the folder is not compiled again."""
+    code += "".join(EXPORT.format(index=index, name=name) for index, name in enumerate(names))
+    flags = [*compiler_options(options), *half_instructions(), *FLAGS]
+    key = hashlib.sha256("\0".join((SHIM.read_text(), code, *flags)).encode()).hexdigest()[:24]
+    library = folder / f"{key}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            for header in HEADERS:
+                Path(work, header).write_text(f'#include "{SHIM}"\n')
+            Path(work, "module.cpp").write_text(f'#include "{SHIM}"\n#line 1 "module.cu"\n{code}')
+            command = ["g++", *flags, f"-I{work}", "module.cpp", "-o", "module.so"]
+            done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            os.replace(Path(work, "module.so"), library)
+    return ctypes.CDLL(str(library))
+
+
 class HostModule:
     """`cupy.RawModule`, compiled by g++."""
 
     def __init__(self, cupy, code, options, name_expressions):
-        self.cupy, self.names = cupy, list(name_expressions)
-        folder = cupy.folder / f"module{len(list(cupy.folder.iterdir()))}"
-        folder.mkdir()
-        (folder / "cuda_fp16.h").write_text(SHIM)
-        exports = (EXPORT.format(index=index, name=name) for index, name in enumerate(self.names))
-        (folder / "module.cpp").write_text(code + "".join(exports))
-        command = [
-            "g++",
-            *options,
-            "-O1",
-            "-U_FORTIFY_SOURCE",
-            "-shared",
-            "-fPIC",
-            f"-I{folder}",
-            "module.cpp",
-            "-o",
-            "module.so",
-        ]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        self.library = ctypes.CDLL(str(folder / "module.so"))
+        self.cupy, self.names = cupy, tuple(name_expressions)
+        self.library = compiled(cupy.folder, code, tuple(options), self.names)
 
     def get_function(self, name):
-        index = self.names.index(name)
-        function, kinds = getattr(self.library, f"run_{index}"), getattr(self.library, f"kinds_{index}")
-        kinds.restype = ctypes.c_char_p
-        codes = kinds().decode()
+        return HostKernel(self.cupy, self.library, name, self.names.index(name))
 
-        def launch(grid, block, arguments, shared_mem=0):
-            given = "".join("p" if isinstance(a, np.ndarray) else a.dtype.kind.replace("f", "d") for a in arguments)
-            assert given == codes, f"{name} takes {codes}; given {given}"
-            assert all(not isinstance(a, np.generic) or a.itemsize == 8 for a in arguments)
-            assert math.prod(block) <= 1024
-            shape = (ctypes.c_uint * 3)(*grid, *block, *(1,) * (2 - len(block)))
-            boxes = [ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else None for a in arguments]
-            held = [np.asarray(a) for a in arguments]
-            pointers = [
-                ctypes.addressof(box) if box is not None else scalar.ctypes.data
-                for box, scalar in zip(boxes, held, strict=True)
-            ]
-            assert function(shape, (ctypes.c_void_p * len(pointers))(*pointers)) == 0, f"{name}: barrier not met by all"
-            self.cupy.check_guards()
 
-        return launch
+class HostKernel:
+    """`cupy.RawKernel`: the call checks what a device would not."""
+
+    def __init__(self, cupy, library, name, index):
+        self.cupy, self.name, self.max_dynamic_shared_size_bytes = cupy, name, 48 << 10
+        self.function, kinds = getattr(library, f"run_{index}"), getattr(library, f"kinds_{index}")
+        self.function.restype = kinds.restype = ctypes.c_char_p
+        self.kinds = kinds().decode().split()
+
+    def __call__(self, grid, block, args, *, shared_mem=0):
+        given = ["p" if isinstance(a, np.ndarray) else getattr(a, "dtype", np.dtype(object)).str[1:] for a in args]
+        assert given == self.kinds, f"{self.name} takes {self.kinds}; given {given}"
+        grid, block = ((*shape, 1, 1)[:3] for shape in (grid, block))
+        assert all(1 <= g <= most for g, most in zip(grid, (2**31 - 1, 65535, 65535), strict=True)), grid
+        assert all(1 <= b <= most for b, most in zip(block, (1024, 1024, 64), strict=True)), block
+        assert math.prod(block) <= 1024, block
+        allowed = self.max_dynamic_shared_size_bytes
+        assert shared_mem <= allowed <= SHARED_BYTES, f"{self.name}: {shared_mem} bytes of shared memory, of {allowed}"
+        held = [ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else np.asarray(a) for a in args]
+        pointers = [h.ctypes.data if isinstance(h, np.ndarray) else ctypes.addressof(h) for h in held]
+        shape = (ctypes.c_uint * 6)(*grid, *block)
+        error = self.function(shape, (ctypes.c_void_p * len(pointers))(*pointers), int(shared_mem))
+        assert error is None, f"{self.name}: {error.decode()}"
+        self.cupy.check_guards()
 
 
 class HostBlas:
@@ -238,16 +211,20 @@ class HostCupy(types.ModuleType):
         )
 
     def empty(self, shape, dtype=np.float64):
-        size = math.prod(shape)
-        memory = np.full(size + 2 * GUARD, np.nan if np.dtype(dtype).kind == "f" else 1, dtype)
-        if memory.dtype.type in SIGNALS:
-            bits, signal = SIGNALS[memory.dtype.type]
-            guards = memory.view(bits)[:GUARD], memory.view(bits)[GUARD + size :]
-            for guard in guards:
-                guard[...] = signal
-            self.guarded = [*self.guarded[-3:], (guards, signal)]  # the last few; more would be slow
-        self.allocated.append(size * memory.dtype.itemsize)
-        return memory[GUARD : GUARD + size].reshape(shape).view(HostArray)
+        dtype, size = np.dtype(dtype), math.prod(shape)
+        space = np.empty((size + 2 * GUARD) * dtype.itemsize + ALIGNMENT, np.uint8)
+        start = -space.ctypes.data % ALIGNMENT
+        memory = space[start : space.size - ALIGNMENT + start].view(dtype)
+        bits, signal = SIGNALS.get(dtype, (np.uint8, 0xA5))
+        per = dtype.itemsize // np.dtype(bits).itemsize
+        guards = memory.view(bits)[: GUARD * per], memory.view(bits)[(GUARD + size) * per :]
+        for guard in guards:
+            guard[...] = signal
+        self.guarded = [*self.guarded[-3:], (guards, signal)]  # the last few; more would be slow
+        self.allocated.append(size * dtype.itemsize)
+        values = memory[GUARD : GUARD + size]
+        values[...] = np.nan if dtype.kind == "f" else 1
+        return values.reshape(shape).view(HostArray)
 
     def zeros(self, shape, dtype=np.float64):
         out = self.empty(shape, dtype)
