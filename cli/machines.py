@@ -12,12 +12,13 @@ from costmodel.hardware import Hardware, MemoryLevel, load_hardware, presets
 from refimpl.engines import ENGINES
 from refimpl.engines import engine as get_engine
 from refimpl.engines.protocol import Engine
-from refimpl.errors import ConfigError
+from refimpl.errors import ConfigError, UnsupportedError
 
 from . import profiles
 from .context import cpu_name, gpu_name
 from .files import OutputError
 from .progress import Progress
+from .request import TF32, check_dtype
 
 LOCAL = "local"
 BUSY_SHARE = 0.1  # of all cores, taken by others, from which a measurement is said to be disturbed
@@ -53,7 +54,7 @@ def choose(given: str | Hardware | None, engine: str, threads: int, dtype: str, 
         device = ENGINES[engine][2]
         if named.kind != device:
             raise ConfigError(f"hardware '{named.name}' is a {named.kind}, not a {device}: give --device {named.kind}")
-        return named
+        return in_tf32(named) if engine == TF32 and named.level == "spec" else named
     profile = profiles.load(engine, threads, dtype)
     if profile:
         return profile
@@ -63,6 +64,8 @@ def choose(given: str | Hardware | None, engine: str, threads: int, dtype: str, 
             "these values, or name a preset from 'effref list hardware'"
         )
     hardware = nearest_preset(engine, threads)
+    if engine == TF32:
+        hardware = in_tf32(hardware)
     progress.note(
         f"not calibrated for {_under(engine, threads)}, {dtype}: times are lower bounds from the spec sheet of "
         f"{hardware.name}; 'effref calibrate' makes them forecasts"
@@ -86,6 +89,7 @@ def calibrate(engine: str, threads: int, dtype: str, seconds: float | None, prog
     """Calibrate this machine, keep the profile, and say so."""
     from . import calibration
 
+    check_dtype(engine, dtype)
     require(engine)
     given = {} if seconds is None else {"seconds": seconds}
     progress.stage(f"calibrating {_under(engine, threads)}, {dtype}: once, for a while")
@@ -178,9 +182,26 @@ def limited(engine: str, threads: int) -> Iterator[None]:
 
 def nearest_preset(engine: str, threads: int) -> Hardware:
     """The preset that resembles this machine, a CPU scaled to the cores in use."""
-    if engine == "cupy":
+    if ENGINES[engine][2] == "gpu":
         return presets()[_match(gpu_name() or "", _GPUS)]
     return scaled(presets()[_match(cpu_name(), _CPUS)], threads)
+
+
+def in_tf32(hardware: Hardware) -> Hardware:
+    """A preset whose float32 products are those of TF32.
+
+    Raises
+    ------
+    UnsupportedError
+        If its peak is not known.
+    """
+    if "tf32" not in hardware.matmul_flops_per_s:
+        known = ", ".join(name for name, one in presets().items() if "tf32" in one.matmul_flops_per_s)
+        raise UnsupportedError(
+            f"hardware '{hardware.name}' has no peak for TF32; these have: {known}; or run 'effref calibrate --tf32'"
+        )
+    peaks = {**hardware.matmul_flops_per_s, "float32": hardware.matmul_flops_per_s["tf32"]}
+    return replace(hardware, name=f"{hardware.name} in TF32", matmul_flops_per_s=peaks)
 
 
 def _match(name: str, table: dict[str, str]) -> str:

@@ -12,7 +12,7 @@ import click
 from refimpl.errors import ConfigError
 
 from .parsing import parse_choices, parse_lengths, parse_names, parse_settings
-from .request import device_and_engine
+from .request import DEFAULT_ENGINE, TF32, device_and_engine
 
 F = TypeVar("F", bound=Callable[..., Any])
 DTYPES = ("float16", "float32", "float64")
@@ -113,11 +113,27 @@ method_options = _group(
     baseline_option,
 )
 
-engine_options = _group(
+_engine_options = _group(
     click.option("--device", type=click.Choice(("cpu", "gpu")), help="[cpu]"),
     click.option("--engine", metavar="NAME", help="numpy, numba or cupy.  [numba on the CPU, cupy on the GPU]"),
     click.option("--threads", type=POSITIVE, metavar="N", help="CPU threads.  [all cores]"),
+    click.option("--tf32", is_flag=True, help="Round the factors of float32 products to TF32, on a GPU."),
 )
+
+
+def engine_options(command: F) -> F:
+    """--device, --engine, --threads, and --tf32, which is short for an engine."""
+
+    @functools.wraps(command)
+    def chosen(*arguments: Any, device: str | None, engine: str | None, tf32: bool, **given: Any) -> Any:
+        if tf32:
+            if device_and_engine(device, engine)[1] not in (DEFAULT_ENGINE["gpu"], TF32):
+                raise ConfigError("--tf32 is for products on a GPU: add --device gpu, or leave it away")
+            engine = TF32
+        return command(*arguments, device=device, engine=engine, **given)
+
+    return cast(F, _engine_options(chosen))
+
 
 _gpu_memory_option = click.option(
     "--gpu-memory", metavar="BYTES|PERCENT", help="Allocate no more on the GPU, as 8GiB or 40%.  [all that is free]"

@@ -150,6 +150,12 @@ class SimulatedGpu(Device):
         return timed
 
 
+class SimulatedTf32Gpu(SimulatedGpu):
+    """The same by another name: NumPy has no TF32."""
+
+    name = "cupy-tf32"
+
+
 def seconds(cost: Any) -> float:
     """Of one op: ``overhead + max(compute, memory)``."""
     compute = cost.matmul_flops / MATMUL_FLOPS_PER_S + cost.vector_flops / VECTOR_FLOPS_PER_S

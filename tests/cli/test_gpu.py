@@ -26,6 +26,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> SimulatedCupy:
     found = SimulatedCupy()
     monkeypatch.setitem(sys.modules, "cupy", found)
     monkeypatch.setitem(ENGINES, "cupy", ("simulated_gpu", "SimulatedGpu", "gpu"))
+    monkeypatch.setitem(ENGINES, "cupy-tf32", ("simulated_gpu", "SimulatedTf32Gpu", "gpu"))
     monkeypatch.setitem(sys.modules, "pynvml", None)  # not installed, unless a test puts one there
     monkeypatch.setenv("CUPY_GPU_MEMORY_LIMIT", "")  # restored afterwards
     return found
@@ -271,6 +272,49 @@ def test_graphs_need_memory_of_their_own(on_gpu, cupy) -> None:
     cupy.free = peak + 1000
     assert on_gpu(*words).exit_code == 0
     assert "dense needs" in error_of(on_gpu(*words, "--graph"))
+
+
+# --- TF32 ------------------------------------------------------------------------------------------------------------
+
+
+def test_tf32_is_an_engine_of_its_own(on_gpu) -> None:
+    """Recorded with the result, under a profile of its own, and never used unasked."""
+    from effref import profiles
+
+    asked = timed(on_gpu, "--seq", "8", "--method", "dense", "--tf32")
+    assert (asked["config"]["engine"], asked["config"]["tf32"]) == ("cupy-tf32", True)
+    assert {one["engine"] for one in asked["results"]} == {"cupy-tf32"}
+    plain = timed(on_gpu, "--seq", "8", "--method", "dense")
+    assert (plain["config"]["engine"], plain["config"]["tf32"]) == ("cupy", False)
+    places = {profiles.path(engine, 1, "float32").name for engine in ("cupy", "cupy-tf32")}
+    assert {place.name for place in (profiles.path("cupy", 1, "float32").parent).iterdir()} == places
+    assert len(places) == 2
+
+
+@pytest.mark.parametrize("name", ["h100-sxm", "h200-sxm", "a100-sxm-80gb"])
+def test_presets_are_priced_at_tf32_where_it_is_asked_for(effref, name) -> None:
+    """Twice the time of float16's rate, by the units of a tensor core."""
+    words = ["estimate", "--seq", "4096", "--method", "dense", "--hardware", name, "--format", "json"]
+    plain, tf32 = (json.loads(effref(*words, *more).stdout) for more in ((), ("--tf32", "--device", "gpu")))
+    peaks = tf32["hardware"]["matmul_flops_per_s"]
+    assert peaks["float32"] == pytest.approx(peaks["float16"] / 2, rel=2e-3)
+    assert plain["hardware"]["matmul_flops_per_s"]["float32"] < peaks["float32"]
+    assert tf32["results"][0]["total"]["predicted_s"] < plain["results"][0]["total"]["predicted_s"]
+    assert tf32["hardware"]["name"].endswith("in TF32")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("measure --tf32", "--tf32 is for products on a GPU: add --device gpu"),
+        ("measure --tf32 --engine numba", "--tf32 is for products on a GPU"),
+        ("measure --tf32 --device gpu --dtype float16", "the dtype is float16"),
+        ("calibrate --engine cupy-tf32 --dtype float64", "the dtype is float64"),
+        ("estimate --tf32 --device gpu --hardware l4", "no peak for TF32; these have: h100-sxm"),
+    ],
+)
+def test_tf32_that_there_is_not(effref, words, said) -> None:
+    assert said in error_of(effref(*words.split()))
 
 
 # --- clocks and power ------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cuda_emulation import HostCupy
 from simulated_gpu import L2_BYTES, SimulatedCupy, SimulatedGpu
 
 import refimpl
@@ -195,3 +196,34 @@ def test_the_cache_is_overwritten_by_a_buffer_twice_its_size(device) -> None:
     assert device.xp.log[-1] == "wait for all"
     device.clear_cache()
     assert device._cold is first
+
+
+# --- TF32 -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "computes"),
+    [
+        ("cupy", {"float16": 68, "float32": 68, "float64": 70}),  # CUBLAS_COMPUTE_32F and _64F of cublas_api.h
+        ("cupy-tf32", {"float16": 68, "float32": 77, "float64": 70}),  # CUBLAS_COMPUTE_32F_FAST_TF32
+    ],
+)
+def test_tf32_is_for_float32_of_the_engine_that_is_asked_for_it(monkeypatch, tmp_path, name, computes) -> None:
+    cupy, seen = HostCupy(tmp_path), []
+    cupy.cuda.Device = lambda: types.SimpleNamespace(compute_capability="80")
+    cupy.cuda.cublas.CUBLAS_COMPUTE_32F_FAST_TF32 = 77
+    monkeypatch.setattr(cupy.cuda.cublas, "gemmStridedBatchedEx", lambda *given: seen.append(given[-2]))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    engine: Any = refimpl.engine(name)
+    for dtype, compute in computes.items():
+        engine.linear(cupy.zeros((2, 3), dtype), cupy.zeros((4, 3), dtype))
+        assert seen.pop() == compute
+
+
+def test_tf32_needs_tensor_cores_that_have_it(monkeypatch, tmp_path) -> None:
+    cupy = HostCupy(tmp_path)
+    cupy.cuda.Device = lambda: types.SimpleNamespace(compute_capability="75", id=0)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    with pytest.raises(UnsupportedError, match=r"needs compute capability 8\.0; emulated has 7\.5"):
+        refimpl.engine("cupy-tf32")
+    assert refimpl.engine("cupy").name == "cupy"
