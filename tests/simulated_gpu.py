@@ -16,10 +16,10 @@ from costmodel.ops import FORMULAS
 from refimpl.engines.cuda.device import Device
 from refimpl.engines.protocol import OUTCOMES, SIZES
 
-OVERHEAD_S, LAUNCH_S = 4e-6, 1e-5  # of an op, and of a graph
+OVERHEAD_S, LAUNCH_S = 4e-6, 1e-5  # of an op, which passes while the device works, and of a graph
 MATMUL_FLOPS_PER_S, VECTOR_FLOPS_PER_S = 4e14, 3e13
-BYTES_PER_S = 2e12
-L2_BYTES = 1 << 16
+NEAR_BYTES_PER_S, FAR_BYTES_PER_S = 6e12, 2e12
+L2_BYTES = 1 << 18
 
 
 class CUDARuntimeError(RuntimeError):
@@ -120,9 +120,9 @@ class SimulatedCupy(types.ModuleType):
     def spend(self, seconds: float) -> None:
         """Let an op take its time, or become part of a graph."""
         if self.stream is not None and self.stream.captured_s is not None:
-            self.stream.captured_s += seconds - OVERHEAD_S
+            self.stream.captured_s += seconds
         else:
-            self.clock_s += seconds
+            self.clock_s += max(seconds, OVERHEAD_S)
 
 
 class SimulatedGpu(Device):
@@ -157,6 +157,7 @@ class SimulatedTf32Gpu(SimulatedGpu):
 
 
 def seconds(cost: Any) -> float:
-    """Of one op: ``overhead + max(compute, memory)``."""
+    """Of one op on the device: ``max(compute, memory)``."""
     compute = cost.matmul_flops / MATMUL_FLOPS_PER_S + cost.vector_flops / VECTOR_FLOPS_PER_S
-    return float(OVERHEAD_S + max(compute, cost.bytes_moved / BYTES_PER_S))
+    rate = NEAR_BYTES_PER_S if cost.bytes_moved <= L2_BYTES / 2 else FAR_BYTES_PER_S
+    return float(max(compute, cost.bytes_moved / rate))

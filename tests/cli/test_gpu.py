@@ -10,11 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from effref import gpu
+from effref import calibration, gpu
+from effref.calibration import METHODS, Cell, _model
 from effref.context import _gpus, available_bytes, gpu_name
-from simulated_gpu import L2_BYTES, LAUNCH_S, OVERHEAD_S, SimulatedCupy, SimulatedGpu
+from simulated_gpu import FAR_BYTES_PER_S, L2_BYTES, LAUNCH_S, NEAR_BYTES_PER_S, OVERHEAD_S, SimulatedCupy, SimulatedGpu
 
 from refimpl.engines import ENGINES
+from refimpl.errors import UnsupportedError
 
 from .conftest import TINY, error_of, profile
 
@@ -35,10 +37,6 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> SimulatedCupy:
 @pytest.fixture
 def on_gpu(effref, monkeypatch) -> Callable[..., Any]:
     """Run a command on the simulated GPU under a profile that was not measured."""
-    import effref as package
-    from effref import calibration
-
-    assert package
     monkeypatch.setattr(calibration, "calibrate", lambda *given, **named: profile(kind="gpu"))
     return effref
 
@@ -171,9 +169,7 @@ def test_times_are_those_of_the_device(on_gpu) -> None:
     (one,) = timed(on_gpu, "--seq", "16", "--method", "dense")["results"]
     components = sum(row["measured_s"]["median"] for row in one["components"])
     assert one["total"]["measured_s"]["median"] == pytest.approx(components, rel=1e-9)
-    calls = one["total"]["calls"]
-    assert components > calls * OVERHEAD_S
-    assert components < calls * OVERHEAD_S * 1.5  # ops as small as these are launches
+    assert components == pytest.approx(one["total"]["calls"] * OVERHEAD_S)  # ops as small as these are launches
 
 
 def test_an_ordinary_pass_waits_at_its_end_only(on_gpu, cupy, monkeypatch) -> None:
@@ -204,9 +200,8 @@ def test_graphs_are_timed_without_the_launches(on_gpu, cupy, model) -> None:
     assert (plain["config"]["graph"], graph["config"]["graph"]) == (False, True)
     assert "launch" in cupy.log
     for before, after in zip(plain["results"], graph["results"], strict=True):
-        spared = (before["total"]["calls"]) * OVERHEAD_S - LAUNCH_S
-        saved = before["total"]["measured_s"]["median"] - after["total"]["measured_s"]["median"]
-        assert saved == pytest.approx(spared, rel=1e-6)
+        assert before["total"]["measured_s"]["median"] == pytest.approx(before["total"]["calls"] * OVERHEAD_S)
+        assert LAUNCH_S < after["total"]["measured_s"]["median"] < 1.1 * LAUNCH_S  # so small are these ops
         rows = zip(before["components"], after["components"], strict=True)
         assert all(a["measured_s"]["median"] == pytest.approx(b["measured_s"]["median"]) for a, b in rows)
         assert after["fidelity"]["rel_l2"] < 1e-5
@@ -272,6 +267,55 @@ def test_graphs_need_memory_of_their_own(on_gpu, cupy) -> None:
     cupy.free = peak + 1000
     assert on_gpu(*words).exit_code == 0
     assert "dense needs" in error_of(on_gpu(*words, "--graph"))
+
+
+# --- calibration ----------------------------------------------------------------------------------------------------
+
+SMALL = (
+    Cell(_model("post-norm", 40, 2, 80), 24, methods=METHODS),
+    Cell(_model("patches", 48, 3, 96), 40, methods=METHODS),
+    Cell(_model("post-norm", 56, 2, 112), 17, batch=2, methods=METHODS),
+    Cell(_model("patches", 72, 3, 144), 33, methods=METHODS),
+)
+
+
+@pytest.mark.parametrize("dtype", ["float16"])
+def test_calibration_finds_the_constants_of_the_device(effref, monkeypatch, cache, dtype) -> None:
+    """Launches from the passes; bandwidths, which launches hide there, from graphs of one op."""
+    monkeypatch.setattr(calibration, "CELLS", SMALL)
+    monkeypatch.setattr(calibration, "LARGE_CELLS", ())
+    monkeypatch.setattr(calibration, "ADDS", (2, 6))
+    words = ["--device", "gpu", "--dtype", dtype]
+    result = effref("calibrate", *words, "--seconds", "0.1", "--format", "json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert (found["kind"], found["about"]["machine"]) == ("gpu", "NVIDIA Simulated")
+    assert found["about"]["threads"] is None
+    l2, memory = found["memory"]
+    assert (l2["level"], memory["level"]) == ("L2", "memory")
+    assert l2["bandwidth_bytes_per_s"] == pytest.approx(NEAR_BYTES_PER_S, rel=0.1)
+    assert memory["bandwidth_bytes_per_s"] == pytest.approx(FAR_BYTES_PER_S, rel=0.05)
+    for op in found["ops"].values():
+        assert op["overlaps"]
+        assert op["overhead_s"] == pytest.approx(OVERHEAD_S, rel=0.02)
+    (place,) = (cache / "profiles").iterdir()
+    assert place.name.endswith(f"-cupy-{dtype}.json")
+    again = effref(
+        "measure", *RUN, *words, "--model", "bert-base", "--seq", "9,21", "--method", "dense", "--format", "json"
+    )
+    assert "calibrat" not in again.stderr  # the profile is there
+    assert json.loads(again.stdout)["accuracy"]["totals"]["median_abs"] < 0.02
+    assert "cupy, " in effref("calibrate", *words, "--seconds", "0.1").stdout
+
+
+def test_calibration_takes_what_fits(cupy) -> None:
+    few = calibration.fitting("float32", 3 << 30)
+    assert few[: len(calibration.CELLS)] == calibration.CELLS
+    assert len(few) < len(calibration.CELLS + calibration.LARGE_CELLS)
+    assert calibration.fitting("float32", 40 << 30) == calibration.CELLS + calibration.LARGE_CELLS
+    cupy.free = 1 << 30
+    with pytest.raises(UnsupportedError, match=r"needs at least .* and 1\.00 GiB are available \(79\.00 GiB of 80\.00"):
+        calibration.calibrate("cupy", seconds=0.1)
 
 
 # --- TF32 ------------------------------------------------------------------------------------------------------------
@@ -444,10 +488,6 @@ def test_other_commands_that_time_have_it_too(on_gpu, nvml, command) -> None:
 
 
 def test_a_profile_keeps_it(effref, nvml, monkeypatch) -> None:
-    import effref as package
-    from effref import calibration
-
-    assert package
     monkeypatch.setattr(calibration, "calibrate", lambda *given, **named: profile(kind="gpu"))
     result = effref("calibrate", "--device", "gpu", "--format", "json")
     assert json.loads(result.stdout)["about"]["gpu_state"]["driver_version"] == "570.86.10"

@@ -42,11 +42,14 @@ class Device(NumpyEngine):
         """Wait until the device has done all that was queued."""
         self.xp.cuda.Device().synchronize()
 
+    def cache_bytes(self) -> int:
+        """The second-level cache."""
+        return int(self.xp.cuda.Device().attributes["L2CacheSize"])
+
     def clear_cache(self) -> None:
         """Overwrite the second-level cache, with a buffer twice its size, and wait."""
         if self._cold is None:
-            size = int(self.xp.cuda.Device().attributes["L2CacheSize"])
-            self._cold = self.xp.empty((2 * size,), np.uint8)
+            self._cold = self.xp.empty((2 * self.cache_bytes(),), np.uint8)
         self._cold[...] = 0
         self.synchronize()
 
