@@ -4,7 +4,8 @@
 
 First table: bytes that an op must move (`costmodel.ops`) per second, as a share of what a plain copy of an array of the
 same size reaches in the same run. Then `attention` against PyTorch's and cuDNN's, where these are installed, on the
-same device memory (DLPack): the median ratio over pairs of neighbouring calls, and its 10th to 90th percentile. No line is printed before both results agree. Times are events on one stream.
+same device memory (DLPack): the median ratio over pairs of neighbouring calls, and its 10th to 90th percentile. No line
+is printed before both results agree. Times are events on one stream.
 """
 
 from __future__ import annotations
