@@ -13,6 +13,7 @@ from cupy_cases import (
     honest_errors,
     in_dtype,
     largest,
+    normal,
     on_device,
     some_mask,
 )
@@ -242,6 +243,68 @@ def test_decode_ranges_fill_the_device_where_keys_suffice():
     assert plans.decode_ranges(1, 17, 1, 1, 100, 64, 2, (0, 99), 132) is None  # not few
     assert plans.decode_ranges(1, 1, 1, 1, 100, 136, 2, (0, 99), 132) is None
     assert plans.decode_ranges(1, 1, 1, 1, 100, 6, 4, (0, 99), 132) is None
+
+
+# --- softmax of rows ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keys", [1, 24, 37, 512, 513, 1040, 16_392, 16_397])
+def test_softmax_is_accurate_in_every_team(engine, launched, keys, dtype):
+    """A warp, a block and more than a block holds; rows that move 16 bytes at a time and rows that do not."""
+    scores = normal(dtype, 1, 1, 2 if keys > 10_000 else 9, keys, size=6.0)
+    scores[0, 0, 1, keys // 2 :] = -np.inf
+    compare(engine, "softmax", scores)
+    compare(engine, "softmax", scores, True)
+    assert set(launched) == {"softmax_long<T, T>" if keys > 16_384 else "softmax<T, T>"}
+
+
+def masked_softmax(scores, mask):
+    """Each row over what it sees, zeros elsewhere."""
+    out = np.zeros_like(scores)
+    for index in np.ndindex(scores.shape[:-1]):
+        seen = np.broadcast_to(mask, scores.shape)[index]
+        if seen.any():
+            powers = np.exp(scores[index][seen] - scores[index][seen].max())
+            out[index][seen] = powers / powers.sum()
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keys", [40, 16_400])
+def test_softmax_under_a_mask_and_with_nan(engine, keys, dtype):
+    scores, mask = normal(dtype, 2, 2, 3, keys, size=3.0), np.random.default_rng(0).random((2, 1, 3, keys)) < 0.5
+    mask[0, 0, 1] = False
+    scores[1, 1, 2, np.flatnonzero(mask[1, 0, 2])[0]] = np.nan  # seen: the row is NaN where it is seen
+    scores[0, 0, 0, np.flatnonzero(~mask[0, 0, 0])[0]] = np.nan  # hidden: not read
+    wide = engine.asarray(scores.astype(np.promote_types(dtype, "float32")))
+    for given in (engine.asarray(scores), wide):
+        out = engine.xp.empty(scores.shape, dtype)
+        engine._softmax(given, out, keys, 0, engine.asarray(mask))
+        found = engine.to_numpy(out)
+        truth, honest = (masked_softmax(scores.astype(kind), mask) for kind in (np.longdouble, given.dtype))
+        assert_close(found, truth, largest(honest[np.isfinite(truth)] - truth[np.isfinite(truth)]), "softmax")
+
+
+@pytest.mark.parametrize("keys", [*range(1, 40), 511, 512, 513, 1024, 1025, 16_384, 16_385])
+@pytest.mark.parametrize("rows", [1, 7, 8, 9])
+def test_softmax_rows_hold_every_number_once(rows, keys):
+    launch = plans.softmax_rows(rows, keys)
+    if keys > plans.HELD * plans.MOST_THREADS:
+        assert launch is None
+        return
+    (grid,), (team, together) = launch.grid, launch.block
+    assert team in (32, 64, 128, 256, 512, 1024)
+    assert team * plans.HELD >= keys
+    assert team == 32 or team * plans.HELD < 2 * keys
+    assert together == 1 or team == 32  # teams of many warps meet at the barrier of their block
+    assert (grid - 1) * together < rows <= grid * together
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [16, 300])
+def test_relative_scores_move_16_bytes_at_a_time(engine, length, dtype):
+    compare(engine, "add_relative", normal(dtype, 1, 2, length, length), normal(dtype, 1, 2, length, 2 * length - 1))
 
 
 # --- choices --------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from refimpl.engines.cuda import shapes
 from refimpl.engines.cuda.shapes import Launch, Strides
 
 FAR = 1 << 30  # beyond every key; also the limit of lengths, which kernels count in 32 bits
@@ -116,3 +117,18 @@ def decode_ranges(
     wanted = -(-DECODE_BLOCKS * multiprocessors // (batch * groups * parts))
     share = -(-span // max(1, min(wanted, span // DECODE_KEYS)))
     return Ranges(wide, each, first, stop, share, Launch((-(-span // share), groups * parts, batch), (4 * WARP,)))
+
+
+# --- softmax of rows: maps.cu ---------------------------------------------------------------------------------------
+
+HELD = 16  # numbers of a row in the registers of each thread
+MOST_THREADS = 1024  # of a block
+
+
+def softmax_rows(rows: int, keys: int) -> Launch | None:
+    """Teams that hold a row in registers: a warp, some of which share a block, or a block; None for longer rows."""
+    team = max(WARP, 1 << (-(-max(keys, 1) // HELD) - 1).bit_length())
+    if team > MOST_THREADS:
+        return None
+    together = max(1, min(rows, shapes.THREADS // WARP)) if team == WARP else 1
+    return Launch((-(-rows // together),), (team, together))
