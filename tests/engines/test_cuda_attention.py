@@ -19,7 +19,8 @@ from cupy_cases import (
 )
 
 from refimpl.engines.cuda import plans
-from refimpl.engines.cuda.fused import DECODE, TENSOR
+from refimpl.engines.cuda.fused import DECODE, FLOAT, TENSOR
+from refimpl.errors import ShapeError
 
 
 @pytest.fixture
@@ -135,21 +136,77 @@ def test_tensor_tiles_cover_the_queries(batch, heads_, q_len, width):
     if width % 8:
         assert tiles is None
         return
-    rows = 64 * tiles.stripes
+    rows = tiles.rows
     (across, *maps), block = tiles.launch.grid, tiles.launch.block
     assert maps == [heads_, batch]
     assert (across - 1) * rows < q_len <= across * rows
     assert block == (128,)
-    assert tiles.width >= width
+    assert int(tiles.kernel[6:].split(",")[0]) >= width
     assert tiles.kernel in TENSOR.kernels
     assert tiles.launch.shared_bytes <= (227 << 10) // 2  # two blocks on a multiprocessor of an H100
-    assert (tiles.stripes == 2) == (-(-q_len // 128) * heads_ * batch >= 2 * 132)
+    assert (rows == 128) == (-(-q_len // 128) * heads_ * batch >= 2 * 132)
 
 
 def test_tensor_tiles_refuse_what_the_kernel_does_not_take():
     assert plans.tensor_tiles(1, 1, 10, 136, 132) is None
     assert plans.tensor_tiles(65_536, 1, 10, 64, 132) is None
     assert plans.tensor_tiles(1, 1, 10, 66, 132) is None
+
+
+# --- float32 --------------------------------------------------------------------------------------------------------
+
+# B, H, Hkv, Tq, Tk, D: more than a tile, off the tiles, more keys or more queries, rows not of 16 bytes
+FLOAT_SHAPES = [(1, 2, 1, 67, 131, 24), (2, 1, 1, 20, 64, 30), (1, 1, 1, 130, 70, 8), (1, 2, 2, 17, 40, 128)]
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("shape", FLOAT_SHAPES, ids=str)
+def test_float_attention_is_accurate(engine, launched, shape, causal, masked):
+    compare(engine, "attention", *heads("float32", shape), None, causal, some_mask(shape) if masked else None)
+    compare(engine, "local_attention", *heads("float32", (1, 2, 1, 70, 140, 8)), 33, 0.4, causal)
+    assert engine.capability() < 80 or {name.partition("<")[0] for name in launched} == {"fused_float"}
+
+
+def test_float_attention_with_growing_logits_nan_and_other_strides(engine, launched):
+    q, k, v = heads("float32", (2, 4, 2, 70, 150, 8))
+    q, k = abs(q), abs(k) * (1 + np.arange(150, dtype=np.float32)[:, None] // 64)
+    compare(engine, "attention", q, k, v, 1.0)
+    compare(engine, "attention", q, k, v, -1.0)
+    turned = [np.ascontiguousarray(x.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3) for x in (q, k, v)]
+    given = [engine.asarray(x.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3) for x in turned]
+    whole = engine.attention(*on_device(engine, (q, k, v)))
+    np.testing.assert_array_equal(engine.to_numpy(engine.attention(*given)), engine.to_numpy(whole))
+    assert engine.merge_heads(whole).data.ptr == whole.data.ptr
+    q[0, 1, 66, 0] = np.nan
+    compare(engine, "attention", q, k, v)
+
+
+def test_float_attention_leaves_much_work_to_cublas(engine, launched, monkeypatch):
+    monkeypatch.setattr(plans, "FLOAT_FLOPS", 4 * 2 * 20 * 30 * 8 - 1)
+    compare(engine, "attention", *heads("float32", (1, 2, 2, 20, 30, 8)))
+    assert set(launched) == {"softmax<T, T>"}
+    compare(engine, "attention", *heads("float32", (1, 2, 2, 19, 30, 8)))
+    assert engine.capability() < 80 or "fused_float<T, 64>" in launched
+
+
+def test_tiles_that_a_device_has_no_shared_memory_for_take_another_way(engine, launched, monkeypatch):
+    monkeypatch.setattr(engine, "block_shared_bytes", lambda: 99 << 10)  # compute capability 8.6 and 8.9
+    compare(engine, "attention", *heads("float32", (1, 1, 1, 20, 30, 128)))
+    assert set(launched) == {"softmax<T, T>"}
+
+
+def test_float_tiles_cover_the_queries():
+    for q_len in (1, 64, 65, 300):
+        tiles = plans.float_tiles(2, 3, q_len, 100, 80)
+        assert tiles.kernel == "fused_float<T, 128>"
+        assert tiles.kernel in FLOAT.kernels
+        assert tiles.launch.grid == (-(-q_len // 64), 3, 2)
+        assert tiles.launch.shared_bytes <= 164 << 10  # of an A100
+    assert plans.float_tiles(1, 12, 128, 128, 64).launch.shared_bytes * 2 <= 227 << 10
+    assert plans.float_tiles(1, 12, 4096, 4096, 64) is None
+    assert plans.float_tiles(1, 1, 10, 10, 129) is None
+    assert plans.float_tiles(65_536, 1, 1, 1, 8) is None
 
 
 # --- few queries over many keys -------------------------------------------------------------------------------------
@@ -308,6 +365,19 @@ def test_relative_scores_move_16_bytes_at_a_time(engine, length, dtype):
 
 
 # --- choices --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("q_len", [1, 40])
+def test_what_no_kernel_takes_takes_the_way_by_blocks(engine, launched, q_len, dtype):
+    q, k, v = heads(dtype, (2, 4, 2, q_len, 40, 8))
+    compare(engine, "attention", q, k, v[..., :5].copy())  # values of another width
+    compare(engine, "attention", q, k, v, 0.0)
+    compare(engine, "attention", *heads(dtype, (1, 1, 1, q_len, 40, 136)))
+    assert {name.partition("<")[0] for name in launched} == {"softmax"}
+    for wrong in ((q[..., :4], k, v), (q[:, :3], k, v), (q, k[..., :4], v[..., :4])):
+        with pytest.raises((ShapeError, ValueError)):
+            engine.attention(*on_device(engine, wrong))
 
 
 @pytest.mark.parametrize("causal", [False, True])

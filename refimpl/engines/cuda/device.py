@@ -54,6 +54,10 @@ class Device(NumpyEngine):
         """How many blocks can run at once, at least."""
         return int(self._properties["multiProcessorCount"])
 
+    def block_shared_bytes(self) -> int:
+        """The most shared memory that a block can ask for."""
+        return int(self._properties["sharedMemPerBlockOptin"])
+
     def split_heads(self, x: Array, heads: int) -> Array:
         batch, length, width = x.shape
         return x.reshape(batch, length, heads, width // heads).transpose(0, 2, 1, 3)

@@ -43,15 +43,11 @@ BLOCKS_EACH = 2  # of the larger tile that a multiprocessor holds, by its regist
 
 @dataclass(frozen=True)
 class Tiles:
-    """A launch of ``fused<D, STRIPES>``."""
+    """A launch of a kernel whose blocks own `rows` queries of one head."""
 
-    width: int
-    stripes: int
+    kernel: str
+    rows: int
     launch: Launch
-
-    @property
-    def kernel(self) -> str:
-        return f"fused<{self.width}, {self.stripes}>"
 
 
 def tile_keys(width: int) -> int:
@@ -70,7 +66,27 @@ def tensor_tiles(batch: int, heads: int, q_len: int, width: int, multiprocessors
     stripes = 2 if -(-q_len // 128) * heads * batch >= BLOCKS_EACH * multiprocessors else 1
     rows = 16 * stripes * TENSOR_WARPS
     shared = (rows + 4 * tile_keys(wide)) * (wide + 8) * 2
-    return Tiles(wide, stripes, Launch((-(-q_len // rows), heads, batch), (WARP * TENSOR_WARPS,), shared))
+    launch = Launch((-(-q_len // rows), heads, batch), (WARP * TENSOR_WARPS,), shared)
+    return Tiles(f"fused<{wide}, {stripes}>", rows, launch)
+
+
+# --- float32: fused_attention_float.cu ------------------------------------------------------------------------------
+
+FLOAT_WIDTHS = (64, 128)  # D of kernel_fused_float
+FLOAT_TILE = 64
+FLOAT_FLOPS = (
+    2e9  # of what one launch computes before cuBLAS's faster products make up for their many; ours, not measured
+)
+
+
+def float_tiles(batch: int, heads: int, q_len: int, k_len: int, width: int) -> Tiles | None:
+    """Tiles of 64 queries for so little work that launches are most of the time; None for more, and where D > 128."""
+    wide = padded(width, FLOAT_WIDTHS)
+    if wide is None or max(batch, heads) > GRID_LIMIT or 4.0 * batch * heads * q_len * k_len * width > FLOAT_FLOPS:
+        return None
+    shared = 4 * FLOAT_TILE * (3 * (wide + 4) + FLOAT_TILE + 4)
+    launch = Launch((-(-q_len // FLOAT_TILE), heads, batch), (256,), shared)
+    return Tiles(f"fused_float<T, {wide}>", FLOAT_TILE, launch)
 
 
 # --- few queries over many keys: decode_attention.cu ----------------------------------------------------------------
