@@ -123,7 +123,7 @@ def test_tensor_attention_broadcasts_keys_and_masks(engine):
 def test_tensor_attention_hands_on_nan_and_infinity(engine):
     skip_without_tensor_cores(engine)
     q, k, v = heads("float16", (1, 2, 2, 70, 70, 8))
-    q[0, 1, 66, 0], q[0, 0, 3, 2] = np.nan, np.inf
+    q[0, 1, 66, 0], q[0, 1, 0, 1], q[0, 0, 3, 2] = np.nan, np.nan, np.inf  # the first row must not fill the others
     compare(engine, "attention", q, k, v)
     later = engine.attention(*(engine.asarray(x) for x in (abs(k), k, v)), causal=True)
     assert np.isfinite(engine.to_numpy(later)).all()
