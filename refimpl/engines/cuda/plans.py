@@ -94,8 +94,8 @@ def float_tiles(batch: int, heads: int, q_len: int, k_len: int, width: int) -> T
 DECODE_WIDTHS = (64, 128)  # D of kernel_decode
 DECODE_ROWS = (1, 4, 8)  # R of kernel_decode: queries of a block, of all heads of a key head
 DECODE_MOST = 16  # queries of a key head that are few; more than 8 are two blocks, which read the same keys
-DECODE_KEYS = 256  # of a range, at least: what a block starts and ends with is small beside them
-DECODE_BLOCKS = 4  # on a multiprocessor: loads of 16 KiB each under way; both numbers are ours, not measured
+DECODE_KEYS = 256  # of a range, at least: what a block starts and ends with is small beside them; ours, not measured
+DECODE_BLOCKS = 3  # on a multiprocessor: what registers allow for 4 and 8 queries, with 16 KiB each under way
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,8 @@ def decode_ranges(
     parts = -(-rows // each)
     first, stop = max(0, seen[0]), min(k_len, q_len + seen[1])
     span = max(1, stop - first)
-    wanted = -(-DECODE_BLOCKS * multiprocessors // (batch * groups * parts))
-    share = -(-span // max(1, min(wanted, span // DECODE_KEYS)))
+    fitting = DECODE_BLOCKS * multiprocessors // (batch * groups * parts)  # one more would wait for all others
+    share = -(-span // max(1, min(fitting, span // DECODE_KEYS)))
     return Ranges(wide, each, first, stop, share, Launch((-(-span // share), groups * parts, batch), (4 * WARP,)))
 
 
