@@ -364,6 +364,46 @@ def test_relative_scores_move_16_bytes_at_a_time(engine, length, dtype):
     compare(engine, "add_relative", normal(dtype, 1, 2, length, length), normal(dtype, 1, 2, length, 2 * length - 1))
 
 
+# --- speed, beside another kernel on the same device ----------------------------------------------------------------
+
+
+def median_s(engine, work, repeats=30):
+    for _ in range(3):
+        work()
+    seconds = []
+    for _ in range(repeats):
+        start = engine.mark()
+        work()
+        seconds.append(engine.elapsed_s(start, engine.mark()))
+    return float(np.median(seconds))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("keys", [128, 512, 4096, 16_384, 40_000])
+def test_softmax_takes_hardly_longer_than_a_copy(gpu, keys, dtype):
+    scores = gpu.asarray(normal(dtype, 1, 16, (1 << 24) // keys, keys))  # 0.5 or 1 GiB, ten times any cache
+    out = gpu.xp.empty(scores.shape, dtype)
+    softmax_s = median_s(gpu, lambda: gpu._softmax(scores, out, keys, 0, None))
+    assert median_s(gpu, lambda: gpu.xp.copyto(out, scores)) >= 0.8 * softmax_s
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("length", [512, 2048, 8192])
+def test_tensor_attention_takes_at_most_twice_as_long_as_pytorch(gpu, length, width, causal):
+    torch = pytest.importorskip("torch", reason="PyTorch, whose attention is the comparison, is not installed")
+    if not torch.cuda.is_available():
+        pytest.skip("this PyTorch has no CUDA")
+    q, k, v = (gpu.asarray(normal("float16", 2, 16, length, width, seed=i)) for i in range(3))
+    ours_s = median_s(gpu, lambda: gpu.attention(q, k, v, causal=causal))
+    theirs = [torch.from_dlpack(x) for x in (q, k, v)]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    theirs_s = median_s(gpu, lambda: attend(*theirs, is_causal=causal))  # both in the default stream, where events are
+    assert ours_s <= 2 * theirs_s
+
+
 # --- choices --------------------------------------------------------------------------------------------------------
 
 
