@@ -367,15 +367,15 @@ def test_relative_scores_move_16_bytes_at_a_time(engine, length, dtype):
 # --- speed, beside another kernel on the same device ----------------------------------------------------------------
 
 
-def median_s(engine, work, repeats=30):
-    for _ in range(3):
-        work()
+def median_s(engine, work, repeats=20, calls=5):
+    """Seconds of one of a few calls in a row, so that the host is ahead of the device."""
     seconds = []
-    for _ in range(repeats):
+    for _ in range(3 + repeats):
         start = engine.mark()
-        work()
-        seconds.append(engine.elapsed_s(start, engine.mark()))
-    return float(np.median(seconds))
+        for _ in range(calls):
+            work()
+        seconds.append(engine.elapsed_s(start, engine.mark()) / calls)
+    return float(np.median(seconds[3:]))
 
 
 @pytest.mark.gpu
@@ -391,7 +391,7 @@ def test_softmax_takes_hardly_longer_than_a_copy(gpu, keys, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("width", [64, 128])
-@pytest.mark.parametrize("length", [512, 2048, 8192])
+@pytest.mark.parametrize("length", [4096, 16_384])
 def test_tensor_attention_takes_at_most_twice_as_long_as_pytorch(gpu, length, width, causal):
     torch = pytest.importorskip("torch", reason="PyTorch, whose attention is the comparison, is not installed")
     if not torch.cuda.is_available():
