@@ -191,7 +191,10 @@ class HostCupy(types.ModuleType):
             Device=lambda: types.SimpleNamespace(id=0, synchronize=lambda: None, pci_bus_id="0000:01:00.0"),
             runtime=types.SimpleNamespace(
                 CUDA_R_16F=2, CUDA_R_32F=0, CUDA_R_64F=1, getDeviceCount=lambda: 1, memGetInfo=lambda: (10, 20),
-                getDeviceProperties=lambda i: {"name": b"emulated", "major": 9, "minor": 0, "multiProcessorCount": 4},
+                getDeviceProperties=lambda i: {
+                    "name": b"emulated", "major": 9, "minor": 0, "multiProcessorCount": 4,
+                    "sharedMemPerBlockOptin": SHARED_BYTES,
+                },
             ),
         )  # fmt: skip
 

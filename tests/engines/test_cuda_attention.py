@@ -13,12 +13,14 @@ from cupy_cases import (
     honest_errors,
     in_dtype,
     largest,
+    normal,
     on_device,
     some_mask,
 )
 
 from refimpl.engines.cuda import plans
-from refimpl.engines.cuda.fused import DECODE, TENSOR
+from refimpl.engines.cuda.fused import DECODE, FLOAT, TENSOR
+from refimpl.errors import ShapeError
 
 
 @pytest.fixture
@@ -121,7 +123,7 @@ def test_tensor_attention_broadcasts_keys_and_masks(engine):
 def test_tensor_attention_hands_on_nan_and_infinity(engine):
     skip_without_tensor_cores(engine)
     q, k, v = heads("float16", (1, 2, 2, 70, 70, 8))
-    q[0, 1, 66, 0], q[0, 0, 3, 2] = np.nan, np.inf
+    q[0, 1, 66, 0], q[0, 1, 0, 1], q[0, 0, 3, 2] = np.nan, np.nan, np.inf  # the first row must not fill the others
     compare(engine, "attention", q, k, v)
     later = engine.attention(*(engine.asarray(x) for x in (abs(k), k, v)), causal=True)
     assert np.isfinite(engine.to_numpy(later)).all()
@@ -134,21 +136,77 @@ def test_tensor_tiles_cover_the_queries(batch, heads_, q_len, width):
     if width % 8:
         assert tiles is None
         return
-    rows = 64 * tiles.stripes
+    rows = tiles.rows
     (across, *maps), block = tiles.launch.grid, tiles.launch.block
     assert maps == [heads_, batch]
     assert (across - 1) * rows < q_len <= across * rows
     assert block == (128,)
-    assert tiles.width >= width
+    assert int(tiles.kernel[6:].split(",")[0]) >= width
     assert tiles.kernel in TENSOR.kernels
     assert tiles.launch.shared_bytes <= (227 << 10) // 2  # two blocks on a multiprocessor of an H100
-    assert (tiles.stripes == 2) == (-(-q_len // 128) * heads_ * batch >= 2 * 132)
+    assert (rows == 128) == (-(-q_len // 128) * heads_ * batch >= 2 * 132)
 
 
 def test_tensor_tiles_refuse_what_the_kernel_does_not_take():
     assert plans.tensor_tiles(1, 1, 10, 136, 132) is None
     assert plans.tensor_tiles(65_536, 1, 10, 64, 132) is None
     assert plans.tensor_tiles(1, 1, 10, 66, 132) is None
+
+
+# --- float32 --------------------------------------------------------------------------------------------------------
+
+# B, H, Hkv, Tq, Tk, D: more than a tile, off the tiles, more keys or more queries, rows not of 16 bytes
+FLOAT_SHAPES = [(1, 2, 1, 67, 131, 24), (2, 1, 1, 20, 64, 30), (1, 1, 1, 130, 70, 8), (1, 2, 2, 17, 40, 128)]
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("shape", FLOAT_SHAPES, ids=str)
+def test_float_attention_is_accurate(engine, launched, shape, causal, masked):
+    compare(engine, "attention", *heads("float32", shape), None, causal, some_mask(shape) if masked else None)
+    compare(engine, "local_attention", *heads("float32", (1, 2, 1, 70, 140, 8)), 33, 0.4, causal)
+    assert engine.capability() < 80 or {name.partition("<")[0] for name in launched} == {"fused_float"}
+
+
+def test_float_attention_with_growing_logits_nan_and_other_strides(engine, launched):
+    q, k, v = heads("float32", (2, 4, 2, 70, 150, 8))
+    q, k = abs(q), abs(k) * (1 + np.arange(150, dtype=np.float32)[:, None] // 64)
+    compare(engine, "attention", q, k, v, 1.0)
+    compare(engine, "attention", q, k, v, -1.0)
+    turned = [np.ascontiguousarray(x.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3) for x in (q, k, v)]
+    given = [engine.asarray(x.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3) for x in turned]
+    whole = engine.attention(*on_device(engine, (q, k, v)))
+    np.testing.assert_array_equal(engine.to_numpy(engine.attention(*given)), engine.to_numpy(whole))
+    assert engine.merge_heads(whole).data.ptr == whole.data.ptr
+    q[0, 1, 66, 0] = np.nan
+    compare(engine, "attention", q, k, v)
+
+
+def test_float_attention_leaves_much_work_to_cublas(engine, launched, monkeypatch):
+    monkeypatch.setattr(plans, "FLOAT_FLOPS", 4 * 2 * 20 * 30 * 8 - 1)
+    compare(engine, "attention", *heads("float32", (1, 2, 2, 20, 30, 8)))
+    assert set(launched) == {"softmax<T, T>"}
+    compare(engine, "attention", *heads("float32", (1, 2, 2, 19, 30, 8)))
+    assert engine.capability() < 80 or "fused_float<T, 64>" in launched
+
+
+def test_tiles_that_a_device_has_no_shared_memory_for_take_another_way(engine, launched, monkeypatch):
+    monkeypatch.setattr(engine, "block_shared_bytes", lambda: 99 << 10)  # compute capability 8.6 and 8.9
+    compare(engine, "attention", *heads("float32", (1, 1, 1, 20, 30, 128)))
+    assert set(launched) == {"softmax<T, T>"}
+
+
+def test_float_tiles_cover_the_queries():
+    for q_len in (1, 64, 65, 300):
+        tiles = plans.float_tiles(2, 3, q_len, 100, 80)
+        assert tiles.kernel == "fused_float<T, 128>"
+        assert tiles.kernel in FLOAT.kernels
+        assert tiles.launch.grid == (-(-q_len // 64), 3, 2)
+        assert tiles.launch.shared_bytes <= 164 << 10  # of an A100
+    assert plans.float_tiles(1, 12, 128, 128, 64).launch.shared_bytes * 2 <= 227 << 10
+    assert plans.float_tiles(1, 12, 4096, 4096, 64) is None
+    assert plans.float_tiles(1, 1, 10, 10, 129) is None
+    assert plans.float_tiles(65_536, 1, 1, 1, 8) is None
 
 
 # --- few queries over many keys -------------------------------------------------------------------------------------
@@ -233,7 +291,7 @@ def test_decode_ranges_cover_the_visible_keys_once(batch, heads_, groups, q_len,
     assert (count - 1) * ranges.share < max(1, ranges.stop - ranges.first) <= count * ranges.share
     assert count == 1 or ranges.share >= plans.DECODE_KEYS
     full = plans.DECODE_BLOCKS * multiprocessors
-    assert count == 1 or (count - 1) * blocks * batch < full  # no more ranges than fill the device
+    assert count == 1 or count * blocks * batch <= full  # all blocks run at once
 
 
 def test_decode_ranges_fill_the_device_where_keys_suffice():
@@ -244,7 +302,122 @@ def test_decode_ranges_fill_the_device_where_keys_suffice():
     assert plans.decode_ranges(1, 1, 1, 1, 100, 6, 4, (0, 99), 132) is None
 
 
+# --- softmax of rows ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keys", [1, 24, 37, 512, 513, 1040, 16_392, 16_397])
+def test_softmax_is_accurate_in_every_team(engine, launched, keys, dtype):
+    """A warp, a block and more than a block holds; rows that move 16 bytes at a time and rows that do not."""
+    scores = normal(dtype, 1, 1, 2 if keys > 10_000 else 9, keys, size=6.0)
+    scores[0, 0, 1, keys // 2 :] = -np.inf
+    compare(engine, "softmax", scores)
+    compare(engine, "softmax", scores, True)
+    assert set(launched) == {"softmax_long<T, T>" if keys > 16_384 else "softmax<T, T>"}
+
+
+def masked_softmax(scores, mask):
+    """Each row over what it sees, zeros elsewhere."""
+    out = np.zeros_like(scores)
+    for index in np.ndindex(scores.shape[:-1]):
+        seen = np.broadcast_to(mask, scores.shape)[index]
+        if seen.any():
+            powers = np.exp(scores[index][seen] - scores[index][seen].max())
+            out[index][seen] = powers / powers.sum()
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keys", [40, 16_400])
+def test_softmax_under_a_mask_and_with_nan(engine, keys, dtype):
+    scores, mask = normal(dtype, 2, 2, 3, keys, size=3.0), np.random.default_rng(0).random((2, 1, 3, keys)) < 0.5
+    mask[0, 0, 1] = False
+    scores[1, 1, 2, np.flatnonzero(mask[1, 0, 2])[0]] = np.nan  # seen: the row is NaN where it is seen
+    scores[0, 0, 0, np.flatnonzero(~mask[0, 0, 0])[0]] = np.nan  # hidden: not read
+    wide = engine.asarray(scores.astype(np.promote_types(dtype, "float32")))
+    for given in (engine.asarray(scores), wide):
+        out = engine.xp.empty(scores.shape, dtype)
+        engine._softmax(given, out, keys, 0, engine.asarray(mask))
+        found = engine.to_numpy(out)
+        truth, honest = (masked_softmax(scores.astype(kind), mask) for kind in (np.longdouble, given.dtype))
+        assert_close(found, truth, largest(honest[np.isfinite(truth)] - truth[np.isfinite(truth)]), "softmax")
+
+
+@pytest.mark.parametrize("keys", [*range(1, 40), 511, 512, 513, 1024, 1025, 16_384, 16_385])
+@pytest.mark.parametrize("rows", [1, 7, 8, 9])
+def test_softmax_rows_hold_every_number_once(rows, keys):
+    launch = plans.softmax_rows(rows, keys)
+    if keys > plans.HELD * plans.MOST_THREADS:
+        assert launch is None
+        return
+    (grid,), (team, together) = launch.grid, launch.block
+    assert team in (32, 64, 128, 256, 512, 1024)
+    assert team * plans.HELD >= keys
+    assert team == 32 or team * plans.HELD < 2 * keys
+    assert together == 1 or team == 32  # teams of many warps meet at the barrier of their block
+    assert (grid - 1) * together < rows <= grid * together
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [16, 300])
+def test_relative_scores_move_16_bytes_at_a_time(engine, length, dtype):
+    compare(engine, "add_relative", normal(dtype, 1, 2, length, length), normal(dtype, 1, 2, length, 2 * length - 1))
+
+
+# --- speed, beside another kernel on the same device ----------------------------------------------------------------
+
+
+def median_s(engine, work, repeats=20, calls=5):
+    """Seconds of one of a few calls in a row, so that the host is ahead of the device."""
+    seconds = []
+    for _ in range(3 + repeats):
+        start = engine.mark()
+        for _ in range(calls):
+            work()
+        seconds.append(engine.elapsed_s(start, engine.mark()) / calls)
+    return float(np.median(seconds[3:]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("keys", [128, 512, 4096, 16_384, 40_000])
+def test_softmax_takes_hardly_longer_than_a_copy(gpu, keys, dtype):
+    scores = gpu.asarray(normal(dtype, 1, 16, (1 << 24) // keys, keys))  # 0.5 or 1 GiB, ten times any cache
+    out = gpu.xp.empty(scores.shape, dtype)
+    softmax_s = median_s(gpu, lambda: gpu._softmax(scores, out, keys, 0, None))
+    assert median_s(gpu, lambda: gpu.xp.copyto(out, scores)) >= 0.8 * softmax_s
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("length", [4096, 16_384])
+def test_tensor_attention_takes_at_most_twice_as_long_as_pytorch(gpu, length, width, causal):
+    torch = pytest.importorskip("torch", reason="PyTorch, whose attention is the comparison, is not installed")
+    if not torch.cuda.is_available():
+        pytest.skip("this PyTorch has no CUDA")
+    q, k, v = (gpu.asarray(normal("float16", 2, 16, length, width, seed=i)) for i in range(3))
+    ours_s = median_s(gpu, lambda: gpu.attention(q, k, v, causal=causal))
+    theirs = [torch.from_dlpack(x) for x in (q, k, v)]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    theirs_s = median_s(gpu, lambda: attend(*theirs, is_causal=causal))  # both in the default stream, where events are
+    assert ours_s <= 2 * theirs_s
+
+
 # --- choices --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("q_len", [1, 40])
+def test_what_no_kernel_takes_takes_the_way_by_blocks(engine, launched, q_len, dtype):
+    q, k, v = heads(dtype, (2, 4, 2, q_len, 40, 8))
+    compare(engine, "attention", q, k, v[..., :5].copy())  # values of another width
+    compare(engine, "attention", q, k, v, 0.0)
+    compare(engine, "attention", *heads(dtype, (1, 1, 1, q_len, 40, 136)))
+    assert {name.partition("<")[0] for name in launched} == {"softmax"}
+    for wrong in ((q[..., :4], k, v), (q[:, :3], k, v), (q, k[..., :4], v[..., :4])):
+        with pytest.raises((ShapeError, ValueError)):
+            engine.attention(*on_device(engine, wrong))
 
 
 @pytest.mark.parametrize("causal", [False, True])

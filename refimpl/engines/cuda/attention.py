@@ -9,15 +9,15 @@ from __future__ import annotations
 import math
 
 from refimpl.engines.chunked import chunked_linear_attention
-from refimpl.engines.cuda import shapes
+from refimpl.engines.cuda import plans, shapes
 from refimpl.engines.cuda.fused import FusedAttention
 from refimpl.engines.cuda.launch import Source, dtype_of
 from refimpl.engines.cuda.selection import LongRows, is_long
 from refimpl.engines.cuda.shapes import (
     WIDE,
+    Launch,
     as_map,
     band_of,
-    block_per_row,
     element_strides,
     grouped,
     head_blocks,
@@ -31,7 +31,9 @@ from refimpl.engines.numpy_engine import check_band, check_keys_mask
 from refimpl.engines.protocol import Array
 from refimpl.errors import ShapeError
 
-MAPS = Source("maps.cu", ("relative<T>", "hide<T>", "softmax<T, T>", "softmax<A, T>"))  # a fused op's scores are wide
+MAPS = Source(  # a fused op's scores are wide
+    "maps.cu", ("relative<T>", "hide<T>", "softmax<T, T>", "softmax<A, T>", "softmax_long<T, T>", "softmax_long<A, T>")
+)
 
 
 class Attention(FusedAttention, LongRows):
@@ -210,17 +212,33 @@ class Attention(FusedAttention, LongRows):
         batch, heads, block, keys = scores.shape
         rows = batch * heads * block
         strides = *element_strides(scores)[:3], *element_strides(position)[:3]
-        shape = rows_by_columns(rows, keys)
-        self._launch(MAPS, "relative<T>", scores, shape, scores, position, out, rows, keys, heads, block, *strides)
+        shape, packed = rows_by_columns(rows, keys), self._packed(scores, out)
+        sizes = rows, keys, heads, block, *strides, packed
+        self._launch(MAPS, "relative<T>", scores, shape, scores, position, out, *sizes)
 
     def _softmax(self, scores: Array, out: Array, seen: int, step: int, mask: Array | None) -> None:
         scores = self._unit_columns(scores)
         batch, heads, block, keys = scores.shape
+        rows = batch * heads * block
         pointer, masked = self._mask_of(scores.shape, scores, mask)
-        shape = block_per_row(batch * heads * block, keys)
-        kernel = "softmax<T, T>" if scores.dtype == out.dtype else "softmax<A, T>"
-        sizes = keys, heads, block, seen, step, *element_strides(scores)[:3], *masked
-        self._launch(MAPS, kernel, out, shape, scores, out, pointer, *sizes)
+        kinds = "<T, T>" if scores.dtype == out.dtype else "<A, T>"
+        sizes = keys, heads, block, seen, step, *element_strides(scores)[:3], self._packed(scores, out), *masked
+        short = plans.softmax_rows(rows, keys)
+        if short is not None:
+            self._launch(MAPS, "softmax" + kinds, out, short, scores, out, pointer, rows, *sizes)
+        else:
+            shape = Launch((rows,), (plans.MOST_THREADS,))
+            self._launch(MAPS, "softmax_long" + kinds, out, shape, scores, out, pointer, *sizes)
+
+    def _packed(self, scores: Array, out: Array) -> int:
+        """Whether rows of scores, and those of out beside them, move 16 bytes of scores at a time."""
+        whole = scores.shape[-1] * scores.dtype.itemsize % plans.VECTOR_BYTES == 0
+        steps = plans.VECTOR_BYTES // scores.dtype.itemsize * out.dtype.itemsize
+        return int(
+            whole
+            and plans.aligned(scores.data.ptr, element_strides(scores), scores.dtype.itemsize)
+            and plans.aligned(out.data.ptr, element_strides(out), out.dtype.itemsize, steps)
+        )
 
     def _strictly_lower(self, weights: Array) -> Array:
         """A contiguous copy in which row i keeps its first i columns; zeros elsewhere."""

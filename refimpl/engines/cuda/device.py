@@ -83,6 +83,10 @@ class Device(NumpyEngine):
         """The compute capability that kernels are chosen by: 90 for 9.0."""
         return int(10 * self._properties["major"] + self._properties["minor"])
 
+    def block_shared_bytes(self) -> int:
+        """The most shared memory that a block can ask for."""
+        return int(self._properties["sharedMemPerBlockOptin"])
+
     def multiprocessors(self) -> int:
         """How many blocks can run at once, at least."""
         return int(self._properties["multiProcessorCount"])

@@ -1,4 +1,4 @@
-"""Fused attention by kernels that never write the map: tiles on tensor cores, ranges of keys for few queries."""
+"""Fused attention by kernels that never write the map: tiles, and ranges of keys for few queries."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ TENSOR = Source(
     dtypes=("float16",),
     capability=80,
     apart=True,
+)
+FLOAT = Source(
+    "fused_attention_float.cu",
+    tuple(f"fused_float<T, {width}>" for width in plans.FLOAT_WIDTHS),
+    dtypes=("float32",),
+    capability=80,
 )
 DECODE = Source(
     "decode_attention.cu",
@@ -35,22 +41,30 @@ class FusedAttention(Products):
         self, q: Array, k: Array, v: Array, scale: float, causal: bool, mask: Array | None, window: int | None
     ) -> Array | None:
         """The result (B, H, Tq, D), which lies in memory as (B, Tq, H, D); None where no kernel takes the call."""
-        (batch, heads, q_len, width), k_len = q.shape, k.shape[2]
-        if not (math.isfinite(scale) and scale != 0.0 and q.dtype == k.dtype == v.dtype and k.shape == v.shape):
+        (batch, heads, q_len, width), (k_batch, groups, k_len, k_width) = q.shape, k.shape
+        alike = q.dtype == k.dtype == v.dtype and k.shape == v.shape and k_width == width and k_batch in (1, batch)
+        if not alike or 0 in q.shape or heads % groups or max(q_len, k_len) >= plans.FAR:
             return None
-        if max(q_len, k_len) >= plans.FAR or 0 in (batch, heads, q_len):
+        if not math.isfinite(scale) or scale == 0.0:
             return None
         dtype, seen = dtype_of(q), plans.band(q_len, k_len, causal, window)
         ranges = plans.decode_ranges(
-            batch, heads, k.shape[1], q_len, k_len, width, q.dtype.itemsize, seen, self.multiprocessors()
+            batch, heads, groups, q_len, k_len, width, q.dtype.itemsize, seen, self.multiprocessors()
         )
         if ranges is not None:
             return self._by_ranges(ranges, q, k, v, scale, seen, mask)
-        if dtype == "float16" and self.capability() >= TENSOR.capability:
+        if self.capability() < TENSOR.capability:  # for the copies and shared memory of tiles
+            return None
+        tiles = None
+        if dtype == "float16":
             tiles = plans.tensor_tiles(batch, heads, q_len, width, self.multiprocessors())
-            if tiles is not None:
-                return self._by_tiles(tiles, q if scale > 0 else -q, k, v, abs(scale), seen, mask)
-        return None
+        if dtype == "float32":
+            tiles = plans.float_tiles(batch, heads, q_len, k_len, width)
+        if tiles is None or tiles.launch.shared_bytes > self.block_shared_bytes():
+            return None
+        if dtype == "float32":
+            return self._by_float_tiles(tiles, q, k, v, scale, seen, mask)
+        return self._by_tiles(tiles, q if scale > 0 else -q, k, v, abs(scale), seen, mask)
 
     def _by_tiles(
         self, tiles: plans.Tiles, q: Array, k: Array, v: Array, scale: float, seen: tuple[int, int], mask: Array | None
@@ -60,6 +74,17 @@ class FusedAttention(Products):
         sizes = k.shape[1], q.shape[2], k.shape[2], q.shape[3], *seen, scale * LOG2_E
         strides = self._strides(q, k, v, out)
         self._launch(TENSOR, tiles.kernel, q, tiles.launch, q, k, v, out, pointer, *sizes, *strides, *masked)
+        return out
+
+    def _by_float_tiles(
+        self, tiles: plans.Tiles, q: Array, k: Array, v: Array, scale: float, seen: tuple[int, int], mask: Array | None
+    ) -> Array:
+        q, k, v = (self._unit_columns(x) for x in (q, k, v))
+        out, pointer, masked = self._out_like(q), *self._mask_of((*q.shape[:3], k.shape[2]), q, mask)
+        packed = q.shape[3] % 4 == 0 and all(plans.aligned(x.data.ptr, element_strides(x), 4) for x in (q, k, v, out))
+        sizes = k.shape[1], q.shape[2], k.shape[2], q.shape[3], *seen, float(scale), int(packed)
+        strides = self._strides(q, k, v, out)
+        self._launch(FLOAT, tiles.kernel, q, tiles.launch, q, k, v, out, pointer, *sizes, *strides, *masked)
         return out
 
     def _by_ranges(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from refimpl.engines.cuda import shapes
 from refimpl.engines.cuda.shapes import Launch, Strides
 
 FAR = 1 << 30  # beyond every key; also the limit of lengths, which kernels count in 32 bits
@@ -42,15 +43,11 @@ BLOCKS_EACH = 2  # of the larger tile that a multiprocessor holds, by its regist
 
 @dataclass(frozen=True)
 class Tiles:
-    """A launch of ``fused<D, STRIPES>``."""
+    """A launch of a kernel whose blocks own `rows` queries of one head."""
 
-    width: int
-    stripes: int
+    kernel: str
+    rows: int
     launch: Launch
-
-    @property
-    def kernel(self) -> str:
-        return f"fused<{self.width}, {self.stripes}>"
 
 
 def tile_keys(width: int) -> int:
@@ -69,7 +66,27 @@ def tensor_tiles(batch: int, heads: int, q_len: int, width: int, multiprocessors
     stripes = 2 if -(-q_len // 128) * heads * batch >= BLOCKS_EACH * multiprocessors else 1
     rows = 16 * stripes * TENSOR_WARPS
     shared = (rows + 4 * tile_keys(wide)) * (wide + 8) * 2
-    return Tiles(wide, stripes, Launch((-(-q_len // rows), heads, batch), (WARP * TENSOR_WARPS,), shared))
+    launch = Launch((-(-q_len // rows), heads, batch), (WARP * TENSOR_WARPS,), shared)
+    return Tiles(f"fused<{wide}, {stripes}>", rows, launch)
+
+
+# --- float32: fused_attention_float.cu ------------------------------------------------------------------------------
+
+FLOAT_WIDTHS = (64, 128)  # D of kernel_fused_float
+FLOAT_TILE = 64
+FLOAT_FLOPS = (
+    2e9  # of what one launch computes before cuBLAS's faster products make up for their many; ours, not measured
+)
+
+
+def float_tiles(batch: int, heads: int, q_len: int, k_len: int, width: int) -> Tiles | None:
+    """Tiles of 64 queries for so little work that launches are most of the time; None for more, and where D > 128."""
+    wide = padded(width, FLOAT_WIDTHS)
+    if wide is None or max(batch, heads) > GRID_LIMIT or 4.0 * batch * heads * q_len * k_len * width > FLOAT_FLOPS:
+        return None
+    shared = 4 * FLOAT_TILE * (3 * (wide + 4) + FLOAT_TILE + 4)
+    launch = Launch((-(-q_len // FLOAT_TILE), heads, batch), (256,), shared)
+    return Tiles(f"fused_float<T, {wide}>", FLOAT_TILE, launch)
 
 
 # --- few queries over many keys: decode_attention.cu ----------------------------------------------------------------
@@ -77,8 +94,8 @@ def tensor_tiles(batch: int, heads: int, q_len: int, width: int, multiprocessors
 DECODE_WIDTHS = (64, 128)  # D of kernel_decode
 DECODE_ROWS = (1, 4, 8)  # R of kernel_decode: queries of a block, of all heads of a key head
 DECODE_MOST = 16  # queries of a key head that are few; more than 8 are two blocks, which read the same keys
-DECODE_KEYS = 256  # of a range, at least: what a block starts and ends with is small beside them
-DECODE_BLOCKS = 4  # on a multiprocessor: loads of 16 KiB each under way; both numbers are ours, not measured
+DECODE_KEYS = 256  # of a range, at least: what a block starts and ends with is small beside them; ours, not measured
+DECODE_BLOCKS = 3  # on a multiprocessor: what registers allow for 4 and 8 queries, with 16 KiB each under way
 
 
 @dataclass(frozen=True)
@@ -113,6 +130,21 @@ def decode_ranges(
     parts = -(-rows // each)
     first, stop = max(0, seen[0]), min(k_len, q_len + seen[1])
     span = max(1, stop - first)
-    wanted = -(-DECODE_BLOCKS * multiprocessors // (batch * groups * parts))
-    share = -(-span // max(1, min(wanted, span // DECODE_KEYS)))
+    fitting = DECODE_BLOCKS * multiprocessors // (batch * groups * parts)  # one more would wait for all others
+    share = -(-span // max(1, min(fitting, span // DECODE_KEYS)))
     return Ranges(wide, each, first, stop, share, Launch((-(-span // share), groups * parts, batch), (4 * WARP,)))
+
+
+# --- softmax of rows: maps.cu ---------------------------------------------------------------------------------------
+
+HELD = 16  # numbers of a row in the registers of each thread
+MOST_THREADS = 1024  # of a block
+
+
+def softmax_rows(rows: int, keys: int) -> Launch | None:
+    """Teams that hold a row in registers: a warp, some of which share a block, or a block; None for longer rows."""
+    team = max(WARP, 1 << (-(-max(keys, 1) // HELD) - 1).bit_length())
+    if team > MOST_THREADS:
+        return None
+    together = max(1, min(rows, shapes.THREADS // WARP)) if team == WARP else 1
+    return Launch((-(-rows // together),), (team, together))
