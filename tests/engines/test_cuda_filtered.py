@@ -135,8 +135,9 @@ def test_codes_of_heads_that_are_zero_tiny_or_not_finite(engine, packs, dtype, m
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_codes_round_halves_to_even_like_the_reference(engine, dtype):
-    x = np.concatenate([[127.0], np.arange(-127, 127) + 0.5]).astype(dtype).reshape(1, 1, -1, 1)
-    check_codes(engine, x)
+    """Also by a scale whose reciprocal is rounded: a product with that is no quotient."""
+    halves = np.concatenate([[127.0], np.arange(-127, 127) + 0.5]).reshape(1, 1, -1, 1)
+    check_codes(engine, np.concatenate([scale * halves for scale in (1, 3, 7)], axis=1).astype(dtype))
 
 
 # --- which keys are kept --------------------------------------------------------------------------------------------
