@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -25,18 +25,23 @@ from refimpl.config import DTYPES, ModelConfig, Workload
 from refimpl.engines import ENGINES
 from refimpl.engines import engine as get_engine
 from refimpl.engines.protocol import Engine
+from refimpl.errors import UnsupportedError
 from refimpl.inputs import random_inputs
 from refimpl.model import Prepared, Run, Runner
 from refimpl.recorder import Call
 from refimpl.weights import load_model
 
-from .context import available_bytes, cpu_name, gpu_name
+from .context import available_bytes, cpu_name
+from .gpu import held_by_others
 
 Progress = Callable[[str, float], None]
 Key = tuple[str, tuple[tuple[str, int], ...]]  # op and sizes
 
 
 Under = tuple[tuple[str, dict[str, Any]], ...]  # methods and their parameters
+
+ADDS, REPLAYS, WIDTH = (20, 120), 5, 1024  # of the graphs that bandwidths are measured with; columns of their arrays
+WORKING = 2  # passes as large as the largest that a GPU's memory must hold beside weights and caches
 
 EXACT: Under = (("dense", {}), ("flash", {}))
 METHODS: Under = (*EXACT, ("reuse", {"groups": [[0, 1]]}))  # whose ops most others share
@@ -122,6 +127,24 @@ CELLS = (
 )
 
 
+# What a GPU runs beside them: launches take most of the time of the ones above, so that these have to fill it.
+LARGE_CELLS = (
+    Cell(_model("conformer", 320, 5, 1280), 640, batch=12),
+    Cell(_model("conformer", 144, 3, 576), 1700, batch=6),
+    Cell(_model("conformer", 640, 10, 2560), 480, batch=16, methods=(*METHODS, *QUARTERS)),
+    Cell(_model("post-norm", 288, 9, 1152), 200, batch=16, methods=(*METHODS, *LOOKUPS), records=24),
+    Cell(_model("post-norm", 448, 14, 1792), 1100, batch=6, methods=(*METHODS, *FILTERS)),
+    Cell(_model("pre-norm", 1344, 21, 5376), 1000, batch=8, methods=(*METHODS, *HALVES)),
+    Cell(_model("pre-norm", 192, 3, 768), 2300, batch=4, methods=(*METHODS, *FILTERS, *LINEAR)),
+    Cell(_model("patches", 272, 4, 1088), 210, batch=32, methods=(*METHODS, *FILTERS, *LINEAR)),
+    Cell(_model("pre-norm", 224, 4, 640, causal=True), 520, batch=32, methods=LINEAR),
+    Cell(_model("decoder", 544, 8, 1408, kv_heads=2), 330, batch=24, methods=(*METHODS, *QUARTERS)),
+    Cell(_model("decoder", 1344, 21, 3584), 900, batch=8, methods=(*METHODS, *HEAD, *FILTERS)),
+    Cell(_model("decoder", 544, 8, 1408, kv_heads=2), kv_len=1800, batch=32, methods=(*METHODS, *QUARTERS)),
+    Cell(_model("decoder", 1344, 21, 3584, layers=3), kv_len=1500, batch=4, methods=(*EXACT, *HEAD, *FILTERS)),
+)
+
+
 def calibrate(
     engine: str = "numba",
     threads: int | None = None,
@@ -133,7 +156,7 @@ def calibrate(
 
     Parameters
     ----------
-    engine : {"numba", "numpy", "cupy"}
+    engine : {"numba", "numpy", "cupy", "cupy-tf32"}
     threads : int, optional
         CPU threads; default the engine's own.
     dtype : {"float32", "float64", "float16"}
@@ -146,24 +169,89 @@ def calibrate(
     -------
     hardware : Hardware
         A profile of level "calibrated"; its `about` holds what it was fitted on and the residuals.
+
+    Raises
+    ------
+    UnsupportedError
+        If the free memory of the GPU holds not even the small models.
     """
     say = progress or (lambda message, fraction: None)
     ops = get_engine(engine)
     if threads is not None and hasattr(ops, "set_threads"):
         ops.set_threads(threads)
-    passes = _measure(ops, dtype, seconds, say)
-    say("fitting", 1.0)
     device = ENGINES[engine][2]
-    about = {
+    about: dict[str, Any] = {
         "engine": engine,
         "device": device,
         "threads": threads or getattr(ops, "threads", None),
         "dtype": dtype,
-        "machine": (gpu_name() if device == "gpu" else None) or cpu_name(),
+        "machine": cpu_name(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "capacity_bytes": available_bytes(device),
     }
-    return fit(passes, DTYPES[dtype], kind="cpu" if device == "cpu" else "gpu", about=about)
+    if device == "cpu":
+        passes = _measure(CELLS, ops, dtype, seconds, say)
+        say("fitting", 1.0)
+        return fit(passes, DTYPES[dtype], kind="cpu", about=about)
+    gpu: Any = ops
+    about |= {"threads": None, "machine": gpu.device_name(), "cache_bytes": gpu.cache_bytes(), **bandwidths(gpu, dtype)}
+    passes = _measure(fitting(dtype, about["capacity_bytes"]), ops, dtype, seconds, say)
+    say("fitting", 1.0)
+    return fit(passes, DTYPES[dtype], kind="gpu", about=about)
+
+
+def bandwidths(gpu: Any, dtype: str) -> dict[str, float]:
+    """Bandwidths of the second-level cache and of the memory of a GPU, by the streaming op in CUDA graphs.
+
+    In a pass the launch of an op takes longer than reading what the cache holds, so that passes do not tell them. The
+    difference between a long graph and a short one leaves out what launching a graph takes.
+    """
+    found = {}
+    for name, working_set in (("near_bytes_per_s", gpu.cache_bytes() // 3), ("far_bytes_per_s", 8 * gpu.cache_bytes())):
+        rows = max(1, working_set // (3 * WIDTH * DTYPES[dtype]))  # of two operands and the result
+        x, y = (gpu.asarray(np.ones((1, rows, WIDTH), dtype)) for _ in range(2))
+        try:
+            short, long = (_adds_s(gpu, x, y, count) for count in ADDS)
+        except UnsupportedError:  # the fit has to do with what passes tell
+            return {}
+        found[name] = (ADDS[1] - ADDS[0]) * 3 * x.nbytes / (long - short)
+    return found
+
+
+def _adds_s(gpu: Any, x: Any, y: Any, count: int) -> float:
+    """Seconds of a graph of so many additions, the least of a few replays."""
+
+    def adds() -> Any:
+        for _ in range(count):
+            out = gpu.add(x, y)
+        return out
+
+    replay = gpu.record(adds)
+    return min(float(replay()[1]) for _ in range(REPLAYS))
+
+
+def fitting(dtype: str, available_bytes: int) -> tuple[Cell, ...]:
+    """The cells for a GPU that so much memory holds together: the small ones, and of the large ones as many as fit.
+
+    Raises
+    ------
+    UnsupportedError
+        If it does not hold the small ones.
+    """
+    held, found = 0, []
+    for cell in (*CELLS, *LARGE_CELLS):
+        method, params = cell.methods[0]
+        cost = estimate(method, cell.config, cell.workload(dtype), params)
+        own = int(cost.resident_bytes + cost.cache_bytes * len(cell.methods))
+        if held + own + WORKING * int(cost.peak_bytes) <= available_bytes:
+            held += own
+            found.append(cell)
+        elif cell in CELLS:
+            raise UnsupportedError(
+                f"calibrating needs at least {(held + own + WORKING * cost.peak_bytes) / 2**30:.2f} GiB of the GPU's "
+                f"memory and {available_bytes / 2**30:.2f} GiB are available{held_by_others('gpu')}"
+            )
+    return tuple(found)
 
 
 @dataclass
@@ -194,9 +282,9 @@ class _Run:
         return Pass(cost, list(_samples([one.calls for one in self.passes])), total_s)
 
 
-def _measure(ops: Engine, dtype: str, seconds: float, say: Progress) -> list[Pass]:
+def _measure(cells: Sequence[Cell], ops: Engine, dtype: str, seconds: float, say: Progress) -> list[Pass]:
     """Every cell under every method, in rounds until the time is spent."""
-    runs = list(_runs(ops, dtype))
+    runs = list(_runs(cells, ops, dtype))
     for index, run in enumerate(runs):
         say("compiling and warming up", index / len(runs))
         run.once()
@@ -210,8 +298,8 @@ def _measure(ops: Engine, dtype: str, seconds: float, say: Progress) -> list[Pas
     return [run.summary() for run in runs]
 
 
-def _runs(ops: Engine, dtype: str) -> Iterator[_Run]:
-    for cell in CELLS:
+def _runs(cells: Sequence[Cell], ops: Engine, dtype: str) -> Iterator[_Run]:
+    for cell in cells:
         runner = Runner(load_model(cell.config, dtype=dtype), ops)
         inputs = random_inputs(cell.config, cell.seq, cell.batch, dtype=dtype)
         past = random_inputs(cell.config, cell.kv_len, cell.batch, dtype=dtype) if cell.kv_len else inputs

@@ -7,10 +7,9 @@ from pathlib import Path
 import click
 
 from . import options
+from .endings import exit_code
 from .output import Target
 from .progress import Progress
-
-INTERRUPTED = 130
 
 
 @click.command("audit", short_help="The papers' headline claims: closed form, measured here, verdict.")
@@ -18,6 +17,7 @@ INTERRUPTED = 130
 @click.option("--model", metavar="NAME|FOLDER", help="Measure this one instead of each claim's own.")
 @click.option("--measure/--no-measure", default=True, show_default=True, help="Or closed forms only, in seconds.")
 @options.engine_options
+@options.gpu_options
 @options.hardware_option
 @click.option(
     "--max-seconds", type=click.FloatRange(0, min_open=True), metavar="S", default=600.0, show_default=True,
@@ -53,4 +53,4 @@ def command(
 
         document["context"] = context(plan.threads)
     target.write_blocks(lambda: blocks(document), progress, json=lambda: render.as_json(document))
-    return INTERRUPTED if "interrupted" in document else 0
+    return exit_code(document)

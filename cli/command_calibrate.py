@@ -15,6 +15,7 @@ from .request import device_and_engine
 
 @click.command("calibrate", short_help="Fit the profile of this machine.")
 @options.engine_options
+@options.gpu_options
 @options.dtype_option
 @click.option(
     "--seconds", type=click.FloatRange(0, min_open=True), metavar="S", help="Time to measure; more is steadier."

@@ -8,11 +8,10 @@ from typing import Any
 import click
 
 from . import options, render, render_crossover
+from .endings import exit_code
 from .output import Target
 from .parsing import parse_range
 from .progress import Progress
-
-INTERRUPTED = 130
 
 
 @click.command("crossover", short_help="The length from which a method beats a baseline.")
@@ -27,6 +26,7 @@ INTERRUPTED = 130
 @options.baseline_option
 @options.input_option
 @options.engine_options
+@options.gpu_options
 @options.hardware_option
 @click.option(
     "--max-seconds", type=click.FloatRange(0, min_open=True), metavar="S", default=120.0, show_default=True,
@@ -63,13 +63,13 @@ def command(
     named = crossing.baselines(request, baseline)
     document = crossing.found(request, axis, named, hardware, Source(input_file), timing, progress)
     if target.needs_context:
-        from .context import context
+        from .context import completed
 
-        document["context"] = context(request.threads)
+        document = completed(document, request.threads)
     target.write_blocks(lambda: render_crossover.blocks(document), progress, json=lambda: render.as_json(document))
     if plot:
         from .plot_crossover import draw
 
         draw(document, plot)
         progress.line(f"wrote {plot}")
-    return INTERRUPTED if "interrupted" in document else 0
+    return exit_code(document)

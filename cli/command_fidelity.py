@@ -8,10 +8,10 @@ from typing import Any
 import click
 
 from . import options, render, render_fidelity
+from .endings import exit_code
 from .output import Target
 from .progress import Progress
 
-INTERRUPTED = 130
 FILE = click.Path(path_type=Path)
 
 
@@ -32,6 +32,7 @@ FILE = click.Path(path_type=Path)
 @click.option("--kv-len", type=options.POSITIVE, metavar="S", help="Cached positions before a decoding step.  [T]")
 @click.option("--measure/--no-measure", default=None, help="Time the passes, too.  [yes, but not with engine numpy]")
 @options.engine_options
+@options.gpu_options
 @options.hardware_option
 @options.repeats_option
 @options.max_seconds_option
@@ -70,9 +71,9 @@ def command(
     )  # fmt: skip
     document = compared(plan, hardware, progress)
     if target.needs_context:
-        from .context import context
+        from .context import completed
 
-        document["context"] = context(plan.request.threads)
+        document = completed(document, plan.request.threads)
     target.write_blocks(
         lambda: render_fidelity.blocks(document, plan.request.baselines(baseline)),
         progress,
@@ -84,4 +85,4 @@ def command(
 
         draw(document, plot)
         progress.line(f"wrote {plot}")
-    return INTERRUPTED if "interrupted" in document else 0
+    return exit_code(document)

@@ -30,6 +30,7 @@ FILE = click.Path(path_type=Path)
 @click.option("--positions", type=options.POSITIVE, default=256, show_default=True, metavar="N", help="Of the text.")
 @click.option("--seed", type=click.IntRange(0), metavar="N", default=0, show_default=True, help="Of random weights.")
 @options.engine_options
+@options.gpu_options
 @options.hardware_option
 @options.output_options("table", "json", "md")
 def command(

@@ -9,11 +9,12 @@ from typing import Any
 import click
 
 from . import options, render
+from .endings import exit_code
 from .output import Target
 from .progress import Progress
 from .request import resolve
 
-GATE_FAILED, INTERRUPTED = 1, 130
+GATE_FAILED = 1
 
 
 @click.command("measure", short_help="Measured beside predicted time.")
@@ -21,8 +22,17 @@ GATE_FAILED, INTERRUPTED = 1, 130
 @options.method_options
 @options.input_option
 @options.engine_options
+@options.gpu_options
 @options.hardware_option
 @options.timing_options
+@click.option(
+    "--l2",
+    metavar="NAME",
+    default="warm",
+    show_default=True,
+    help="warm or cold: overwrite the GPU's cache before each pass.",
+)
+@click.option("--graph", is_flag=True, help="Time totals on passes replayed as CUDA graphs.")
 @options.output_options("table", "json", "csv", "md")
 @options.plot_option
 @click.option(
@@ -34,7 +44,7 @@ GATE_FAILED, INTERRUPTED = 1, 130
 def command(
     baseline: str | None, hardware: str | None, form: str | None, path: Path | None, plot: Path | None, quiet: bool,
     input_file: Path | None, fail_above: float | None, repeats: int | None, warmup: int, max_seconds: float, seed: int,
-    **given: Any,
+    l2: str, graph: bool, **given: Any,
 ) -> int:  # fmt: skip
     """Run methods and print measured beside predicted time, component by component and in total.
 
@@ -46,6 +56,7 @@ def command(
       effref measure --method reuse --set reuse.group=3 --seq 512,2048 --plot reuse.svg
       effref measure --model smollm2-135m --phase decode --kv-len 256,1024 --method dense,kvsharer
       effref measure --model bert-base --device gpu --format json --output bert.json
+      effref measure --seq 64,128 --device gpu --graph --l2 cold
       effref measure --seq 512 --fail-above 15
     """
     from .measurement import Source, Timing, default_repeats, measured
@@ -54,14 +65,14 @@ def command(
     progress = Progress.on_stderr(quiet)
     source = Source(input_file, own_length=given["seq"] is None and given["phase"] == "prefill")
     request = resolve(**options.request_options(given))
-    timing = Timing(repeats or default_repeats(request), warmup, max_seconds, seed)
+    timing = Timing(repeats or default_repeats(request), warmup, max_seconds, seed, l2, graph)
     document = measured(request, hardware, source, timing, progress)
     if target.needs_context:
-        from .context import context
+        from .context import completed
 
-        document["context"] = context(request.threads)
+        document = completed(document, request.threads)
     target.write(document, lambda: render.measure_blocks(document, request.baselines(baseline)), progress)
-    return INTERRUPTED if "interrupted" in document else _gate(document, fail_above)
+    return exit_code(document) or _gate(document, fail_above)
 
 
 def _gate(document: dict[str, Any], fail_above: float | None) -> int:

@@ -26,6 +26,7 @@ FILE = click.Path(path_type=Path)
 @options.dtype_option
 @click.option("--seed", type=click.IntRange(0), metavar="N", default=0, show_default=True, help="Of random weights.")
 @options.engine_options
+@options.gpu_options
 @click.option("--format", "form", type=click.Choice(("table", "json", "md")), help="[table]")
 @click.option("--output", "path", type=options.OUTPUT, metavar="FILE", help="Also write what is found, as JSON.")
 @options.quiet_option

@@ -34,6 +34,7 @@ def _example(ctx: click.Context, _parameter: click.Parameter, given: bool) -> No
 @click.option("--pareto", metavar="NAMES", help="List what nothing dominates: time,memory and, measured, fidelity.")
 @click.option("--cluster", metavar="ADDRESS", help="Of a Dask scheduler, as tcp://10.0.0.1:8786.")
 @options.engine_options
+@options.gpu_options
 @options.repeats_option
 @click.option("--warmup", type=click.IntRange(0), metavar="N", default=1, show_default=True, help="Before them.")
 @click.option(

@@ -27,7 +27,7 @@ from refimpl.model import Prepared, Runner
 from refimpl.recorder import Call
 from refimpl.weights import Model, load_model
 
-from . import context, machines, results
+from . import context, endings, gpu, machines, results
 from .agreement import Agreement, NextToken
 from .curves import Choices, Point, Settings, points
 from .material import TOKENS, WINDOWS, Material, Wanted, gather
@@ -108,7 +108,7 @@ def fidelity(
         overrides=overrides, dtype=dtype, device=device, engine=engine, threads=threads,
     )  # fmt: skip
     document = compared(plan, hardware, Progress())
-    return {**document, "context": context.context(plan.request.threads)}
+    return context.completed(document, plan.request.threads)
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,7 @@ def _check_kv_len(config: ModelConfig, kv_len: int | None) -> None:
 def compared(plan: Plan, hardware: str | Hardware | None, progress: Progress) -> dict[str, Any]:
     """The result without its context; with ``"interrupted": True`` after Ctrl-C."""
     request = plan.request
+    machines.require(request.engine)
     machine = machines.choose(hardware, request.engine, request.threads, request.dtype, progress)
     _check_memory(plan, plan.wanted.windows or WINDOWS)
     ops = machines.started(request.engine, request.threads, progress)
@@ -191,8 +192,9 @@ def compared(plan: Plan, hardware: str | Hardware | None, progress: Progress) ->
         _check_memory(plan, len(material.sequences))
         _announce(plan, material, progress)
         bench = Bench(plan, machine, Runner(model, ops), material, progress)
-        with machines.disturbances_noted("measuring", progress) if plan.measures else nullcontext():
-            finished = bench.run()
+        watching = machines.disturbances_noted("measuring", progress, request.device)
+        with watching if plan.measures else nullcontext() as seen:
+            ended = bench.run()
     document = results.document(plan.request, machine, bench.results(), progress.notes)
     document["config"] |= {
         **plan.about,
@@ -203,7 +205,7 @@ def compared(plan: Plan, hardware: str | Hardware | None, progress: Progress) ->
         "calibration": material.calibration_source,
         "decode": {"kv_len": bench.kv_len, "steps": 1} if bench.decoding else None,
     }  # fmt: skip
-    return document if finished else {**document, "interrupted": True}
+    return document | ended | ({"context": seen} if seen else {})
 
 
 def _check_memory(plan: Plan, sequences: int) -> None:
@@ -220,8 +222,8 @@ def _check_memory(plan: Plan, sequences: int) -> None:
     if needed > available:
         raise UnsupportedError(
             f"{largest.method} at T={length} and the exact outputs of {sequences} sequences need "
-            f"{needed / 2**30:.2f} GiB of memory and {available / 2**30:.2f} GiB are available: lower --seq, --windows "
-            "or --layers"
+            f"{needed / 2**30:.2f} GiB of memory and {available / 2**30:.2f} GiB are available"
+            f"{gpu.held_by_others(request.device)}: lower --seq, --windows or --layers"
         )
 
 
@@ -317,20 +319,15 @@ class Bench:
         limit = self.request.config.max_positions
         return self.plan.kv_len or (min(self.material.length, limit - 1) if limit else self.material.length)
 
-    def run(self) -> bool:
-        """Compare and time all points; False when it was interrupted, with what was seen until then."""
-        try:
+    def run(self) -> dict[str, Any]:
+        """Compare and time all points; why it ended early, if it did, with what was seen until then."""
+
+        def all_points() -> None:
             self._compare()
             if self.plan.measures:
                 self._time()
-        except KeyboardInterrupt:
-            if not self.candidates:
-                raise
-            self.progress.note("interrupted: what was seen until then is shown")
-            return False
-        finally:
-            self.progress.done()
-        return True
+
+        return endings.worked(all_points, lambda: self.candidates, self.progress)
 
     def _compare(self) -> None:
         """All points; those for which a method finds nothing are left out, unless none but the baselines remains."""

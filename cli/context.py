@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
@@ -23,11 +24,17 @@ def context(threads: int) -> dict[str, Any]:
         "host": platform.node(),
         "cpu": cpu_name(),
         "gpu": gpu_name(),
+        **({"gpu_memory_limit": limit} if (limit := os.environ.get("CUPY_GPU_MEMORY_LIMIT")) else {}),
         "threads": threads,
         "blas": _blas(),
         "versions": _versions(),
         "commit": _commit(),
     }
+
+
+def completed(document: Mapping[str, Any], threads: int) -> dict[str, Any]:
+    """A result with its whole ``context``; what a measurement put there stays."""
+    return {**document, "context": {**context(threads), **document.get("context", {})}}
 
 
 def cache_root() -> Path:
@@ -66,13 +73,26 @@ def _asked_cpu_name() -> str:
 
 @cache
 def gpu_name() -> str | None:
-    """What the first NVIDIA GPU calls itself; None without one. No CUDA is started."""
+    """What the NVIDIA GPU in use calls itself; None without one. No CUDA is started.
+
+    The first in ``CUDA_VISIBLE_DEVICES``, by number in the order of the PCI bus or by UUID, else the first of all.
+    """
+    names, wanted = _gpus(), os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    if wanted.isdecimal():
+        return names[int(wanted)][0] if int(wanted) < len(names) else None
+    return next((name for name, uuid in names if wanted and uuid.startswith(wanted)), None)
+
+
+def _gpus() -> list[tuple[str, str]]:
+    """Name and UUID of each GPU that the driver lists."""
+    found = []
     with suppress(OSError):
         for folder in sorted(_GPU_LIST.iterdir()):
-            found = re.search(r"^Model:\s*(.+)$", (folder / "information").read_text("utf-8"), re.MULTILINE)
-            if found:
-                return found[1].strip()
-    return None
+            text = (folder / "information").read_text("utf-8")
+            about = dict(re.findall(r"^(Model|GPU UUID):\s*(.+?)\s*$", text, re.MULTILINE))
+            if "Model" in about:
+                found.append((about["Model"], about.get("GPU UUID", "")))
+    return found
 
 
 @cache
@@ -89,11 +109,17 @@ def cores() -> int:
 
 
 def available_bytes(device: str) -> int:
-    """Memory that can be had now."""
-    if device == "gpu":
-        import cupy
+    """Memory that can be had now.
 
-        return int(cupy.cuda.Device().mem_info[0])
+    Raises
+    ------
+    MissingDependencyError
+        If it is that of a GPU, and there is none or no CuPy.
+    """
+    if device == "gpu":
+        from refimpl.engines import engine
+
+        return int(engine("cupy").free_bytes())  # type: ignore[attr-defined]  # of that engine alone
     import psutil
 
     return int(psutil.virtual_memory().available)

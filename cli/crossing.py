@@ -25,7 +25,7 @@ from refimpl.errors import ConfigError, unknown
 from refimpl.model import Runner
 from refimpl.weights import load_model
 
-from . import context, machines, results
+from . import context, endings, machines, results
 from .measurement import Bench, Source, Timing, machine_for
 from .progress import Progress
 from .request import BASELINES, Request, resolve
@@ -109,7 +109,7 @@ def crossover(
     source = Source(None if input_file is None else Path(input_file))
     timing = Timing(PAIRS, 1, max_seconds, seed) if measure else None
     document = found(request, axis, baselines(request, baseline), hardware, source, timing, Progress())
-    return {**document, "context": context.context(request.threads)}
+    return context.completed(document, request.threads)
 
 
 def baselines(request: Request, only: str | None) -> list[str]:
@@ -174,34 +174,29 @@ def found(
         progress.note(f"{request.config.name}: {model.source}")
         runner = Runner(model, ops)
         searches: dict[tuple[str, str], Search] = {}
-        with machines.disturbances_noted("measuring", progress):
-            finished = _searched(forecast, named, runner, source, timing, searches, progress)
+        with machines.disturbances_noted("measuring", progress, request.device) as seen:
+            ended = _searched(forecast, named, runner, source, timing, searches, progress)
     rows = _rows(forecast, named, searches)
     document = _document(request, axis, machine, named, rows, progress)
     document["config"] |= {**vars(timing), "input": str(source.path) if source.path else "seeded random"}
-    return document if finished else {**document, "interrupted": True}
+    return document | ended | ({"context": seen} if seen else {})
 
 
 def _searched(
     forecast: Forecast, named: Sequence[str], runner: Runner, source: Source, timing: Timing,
     searches: dict[tuple[str, str], Search], progress: Progress,
-) -> bool:  # fmt: skip
-    """Fill `searches`; False when it was interrupted."""
+) -> dict[str, Any]:  # fmt: skip
+    """Fill `searches`; why it ended early, if it did."""
     pairs = list(forecast.pairs(named))
     share = timing.max_seconds / len(pairs)
-    try:
+
+    def all_pairs() -> None:
         for method, baseline in pairs:
             progress.stage(f"measuring {method} against {baseline}")
             search = searches[method, baseline] = Search(forecast, method, baseline, runner, source, timing, progress)
             search.run(share)
-    except KeyboardInterrupt:
-        if not any(search.probes for search in searches.values()):
-            raise
-        progress.note("interrupted: what was measured until then is shown")
-        return False
-    finally:
-        progress.done()
-    return True
+
+    return endings.worked(all_pairs, lambda: any(search.probes for search in searches.values()), progress)
 
 
 @dataclass

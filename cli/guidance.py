@@ -160,6 +160,7 @@ def planned(
 def found(plan: Plan, hardware: str | Hardware | None, progress: Progress) -> dict[str, Any]:
     """The result without its context."""
     request = plan.request
+    machines.require(request.engine)
     machine = machines.choose(hardware, request.engine, request.threads, request.dtype, progress)
     ops = machines.started(request.engine, request.threads, progress)
     with machines.limited(request.engine, request.threads):

@@ -6,17 +6,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from costmodel.hardware import Hardware, MemoryLevel, load_hardware, presets
 from refimpl.engines import ENGINES
 from refimpl.engines import engine as get_engine
 from refimpl.engines.protocol import Engine
-from refimpl.errors import ConfigError
+from refimpl.errors import ConfigError, UnsupportedError
 
 from . import profiles
 from .context import cpu_name, gpu_name
 from .files import OutputError
 from .progress import Progress
+from .request import TF32, check_dtype
 
 LOCAL = "local"
 BUSY_SHARE = 0.1  # of all cores, taken by others, from which a measurement is said to be disturbed
@@ -52,18 +54,20 @@ def choose(given: str | Hardware | None, engine: str, threads: int, dtype: str, 
         device = ENGINES[engine][2]
         if named.kind != device:
             raise ConfigError(f"hardware '{named.name}' is a {named.kind}, not a {device}: give --device {named.kind}")
-        return named
+        return in_tf32(named) if engine == TF32 and named.level == "spec" else named
     profile = profiles.load(engine, threads, dtype)
     if profile:
         return profile
     if given == LOCAL:
         raise ConfigError(
-            f"no profile of this machine for engine {engine}, {threads} threads, {dtype}: run 'effref calibrate' with "
+            f"no profile of this machine for engine {_under(engine, threads)}, {dtype}: run 'effref calibrate' with "
             "these values, or name a preset from 'effref list hardware'"
         )
     hardware = nearest_preset(engine, threads)
+    if engine == TF32:
+        hardware = in_tf32(hardware)
     progress.note(
-        f"not calibrated for {engine}, {threads} threads, {dtype}: times are lower bounds from the spec sheet of "
+        f"not calibrated for {_under(engine, threads)}, {dtype}: times are lower bounds from the spec sheet of "
         f"{hardware.name}; 'effref calibrate' makes them forecasts"
     )
     return hardware
@@ -85,11 +89,14 @@ def calibrate(engine: str, threads: int, dtype: str, seconds: float | None, prog
     """Calibrate this machine, keep the profile, and say so."""
     from . import calibration
 
+    check_dtype(engine, dtype)
+    require(engine)
     given = {} if seconds is None else {"seconds": seconds}
-    progress.stage(f"calibrating {engine}, {threads} threads, {dtype}: once, for a while")
+    progress.stage(f"calibrating {_under(engine, threads)}, {dtype}: once, for a while")
     start = time.perf_counter()
-    with limited(engine, threads), disturbances_noted("calibrating", progress):
+    with limited(engine, threads), disturbances_noted("calibrating", progress, ENGINES[engine][2]) as seen:
         hardware = calibration.calibrate(engine, threads, dtype, progress=progress.advance, **given)
+    hardware = replace(hardware, about={**hardware.about, **seen})
     spent = time.perf_counter() - start
     try:
         progress.line(f"calibrated in {spent:.0f} s; profile kept in {profiles.save(hardware, engine, threads, dtype)}")
@@ -99,8 +106,28 @@ def calibrate(engine: str, threads: int, dtype: str, seconds: float | None, prog
 
 
 @contextmanager
-def disturbances_noted(what: str, progress: Progress) -> Iterator[None]:
-    """Note when other programs (or other guests of the host) kept cores busy meanwhile: times are then too long."""
+def disturbances_noted(what: str, progress: Progress, device: str = "cpu") -> Iterator[dict[str, Any]]:
+    """Note what made times too long meanwhile: other programs that kept cores busy, a GPU that lowered its clocks.
+
+    Yields
+    ------
+    seen : dict
+        Afterwards what belongs into the ``context`` of the result: ``gpu_state``, on a GPU that tells it.
+    """
+    seen: dict[str, Any] = {}
+    with busy_cores_noted(what, progress):
+        if device == "gpu":
+            from . import gpu
+
+            with gpu.watched(seen, progress.note, what):
+                yield seen
+        else:
+            yield seen
+
+
+@contextmanager
+def busy_cores_noted(what: str, progress: Progress) -> Iterator[None]:
+    """Note when other programs (or other guests of the host) kept cores busy meanwhile."""
     import psutil
 
     def used_s() -> tuple[float, float, float]:
@@ -118,6 +145,17 @@ def disturbances_noted(what: str, progress: Progress) -> Iterator[None]:
             f"other programs kept {others:.1f} of {psutil.cpu_count()} cores busy while {what}: the times are too long "
             "and unsteady; close them and run again"
         )
+
+
+def require(engine: str) -> None:
+    """Raise MissingDependencyError where the engine is one for GPUs and there is no GPU; nothing is compiled."""
+    if ENGINES[engine][2] == "gpu":
+        get_engine(engine)
+
+
+def _under(engine: str, threads: int) -> str:
+    """What a profile is for: threads are those of the CPU."""
+    return engine if ENGINES[engine][2] == "gpu" else f"{engine}, {threads} threads"
 
 
 def started(engine: str, threads: int, progress: Progress) -> Engine:
@@ -144,9 +182,26 @@ def limited(engine: str, threads: int) -> Iterator[None]:
 
 def nearest_preset(engine: str, threads: int) -> Hardware:
     """The preset that resembles this machine, a CPU scaled to the cores in use."""
-    if engine == "cupy":
+    if ENGINES[engine][2] == "gpu":
         return presets()[_match(gpu_name() or "", _GPUS)]
     return scaled(presets()[_match(cpu_name(), _CPUS)], threads)
+
+
+def in_tf32(hardware: Hardware) -> Hardware:
+    """A preset whose float32 products are those of TF32.
+
+    Raises
+    ------
+    UnsupportedError
+        If its peak is not known.
+    """
+    if "tf32" not in hardware.matmul_flops_per_s:
+        known = ", ".join(name for name, one in presets().items() if "tf32" in one.matmul_flops_per_s)
+        raise UnsupportedError(
+            f"hardware '{hardware.name}' has no peak for TF32; these have: {known}; or run 'effref calibrate --tf32'"
+        )
+    peaks = {**hardware.matmul_flops_per_s, "float32": hardware.matmul_flops_per_s["tf32"]}
+    return replace(hardware, name=f"{hardware.name} in TF32", matmul_flops_per_s=peaks)
 
 
 def _match(name: str, table: dict[str, str]) -> str:

@@ -9,7 +9,7 @@ touches new memory.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,14 @@ from costmodel.hardware import Hardware
 from costmodel.predict import Prediction, predict
 from refimpl.cache import Cache
 from refimpl.config import ModelConfig
-from refimpl.errors import ConfigError, InputError, UnsupportedError
+from refimpl.errors import ConfigError, InputError, UnsupportedError, unknown
 from refimpl.inputs import Inputs, load_input, random_inputs
 from refimpl.model import Prepared, Run, Runner, sequence_length
 from refimpl.parameters import PARAMETERS
 from refimpl.parameters.composition import members
 from refimpl.weights import Model, load_model
 
-from . import context, machines, results
+from . import context, endings, gpu, machines, results
 from .agreement import agreement
 from .preparation import prepared
 from .progress import Progress
@@ -38,6 +38,7 @@ from .results import Samples
 
 SECONDS = 40.0
 REPEATS, DECODE_REPEATS = 5, 25
+L2 = ("warm", "cold")
 ROOF_TOLERANCE = 1.05  # measured over peak, above which a formula must be wrong
 
 
@@ -55,12 +56,18 @@ class Timing:
         For all passes together; every method is measured at least once at each length.
     seed : int
         Of random weights and inputs.
+    l2 : {"warm", "cold"}
+        Whether the GPU's second-level cache holds what the pass before left there, or is overwritten before each pass.
+    graph : bool
+        Time totals on passes replayed as CUDA graphs; components still on ordinary passes.
     """
 
     repeats: int = REPEATS
     warmup: int = 1
     max_seconds: float = SECONDS
     seed: int = 0
+    l2: str = "warm"
+    graph: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("repeats", 1), ("warmup", 0), ("seed", 0)):
@@ -69,6 +76,17 @@ class Timing:
                 raise ConfigError(f"{name} is {value}; it must be at least {least}")
         if not self.max_seconds > 0:
             raise ConfigError(f"max_seconds is {self.max_seconds}; it must be above 0")
+        if self.l2 not in L2:
+            raise unknown("l2", self.l2, L2)
+
+    def check(self, request: Request) -> None:
+        """Raise ConfigError for what the device or the passes do not have."""
+        if request.device != "gpu":
+            for given, name in ((self.l2 == "cold", "--l2 cold"), (self.graph, "--graph")):
+                if given:
+                    raise ConfigError(f"{name} is for GPUs: add --device gpu, or leave it away")
+        if self.graph and (request.steps > 1 or request.config.streams):
+            raise ConfigError("--graph replays one pass: give --steps 1 and a model that does not stream")
 
 
 def measure(
@@ -93,6 +111,8 @@ def measure(
     warmup: int = 1,
     max_seconds: float = SECONDS,
     seed: int = 0,
+    l2: str = "warm",
+    graph: bool = False,
 ) -> dict[str, Any]:
     """Run methods and put measured beside predicted seconds.
 
@@ -108,8 +128,8 @@ def measure(
         Text, recording or array to run on; default seeded random input.
     device, engine, threads
         Default ``numba`` on all cores of the CPU.
-    repeats, warmup, max_seconds, seed
-        See `Timing`.
+    repeats, warmup, max_seconds, seed, l2, graph
+        See `Timing`; the last two are for GPUs.
 
     Returns
     -------
@@ -126,9 +146,9 @@ def measure(
         steps=steps, causal=causal, device=device, engine=engine, threads=threads,
     )  # fmt: skip
     source = Source(None if input_file is None else Path(input_file), own_length=seq is None and phase == "prefill")
-    timing = Timing(repeats or default_repeats(request), warmup, max_seconds, seed)
+    timing = Timing(repeats or default_repeats(request), warmup, max_seconds, seed, l2, graph)
     document = measured(request, hardware, source, timing, Progress())
-    return {**document, "context": context.context(request.threads)}
+    return context.completed(document, request.threads)
 
 
 def default_repeats(request: Request) -> int:
@@ -174,36 +194,50 @@ def measured(
     request: Request, hardware: str | Hardware | None, source: Source, timing: Timing, progress: Progress
 ) -> dict[str, Any]:
     """The result without its context."""
+    timing.check(request)
     ops = machines.started(request.engine, request.threads, progress)
     with machines.limited(request.engine, request.threads):
-        _what_fits(replace(request, lengths=(1,)) if source.decides else request, Progress())
+        _what_fits(replace(request, lengths=(1,)) if source.decides else request, timing, Progress())
         model = _model(request, source, timing, progress)
         inputs = source.read_all(model, request, timing.seed)
         request = replace(request, lengths=tuple(inputs), batch=next(iter(inputs.values())).array.shape[0])
-        methods = _what_fits(request, progress)
+        methods = _what_fits(request, timing, progress)
         machine = machine_for(hardware, request, progress)
         for note in dict.fromkeys(note for given in inputs.values() for note in given.notes):
             progress.note(note)
         bench = Bench(request, methods, machine, Runner(model, ops), inputs, timing, progress)
-        with machines.disturbances_noted("measuring", progress):
-            finished = bench.run()
+        with machines.disturbances_noted("measuring", progress, request.device) as seen:
+            ended = bench.run()
     found = bench.results()
+    if timing.graph:
+        progress.note(
+            "measured totals are of passes replayed as CUDA graphs; measured components and all predictions are of "
+            "ordinary ones, in which the host launches each op"
+        )
     document = results.document(request, machine, found, progress.notes)
     document["config"] |= {**vars(timing), "input": str(source.path) if source.path else "seeded random"}
     document["accuracy"] = results.accuracy(found) | _rivals(bench, found)
-    return document if finished else {**document, "interrupted": True}
+    return document | ended | ({"context": seen} if seen else {})
 
 
-def _what_fits(request: Request, progress: Progress) -> tuple[str, ...]:
-    """The methods to run; refuses named ones that do not fit into memory, and leaves out such baselines."""
+def _what_fits(request: Request, timing: Timing, progress: Progress) -> tuple[str, ...]:
+    """The methods to run; refuses named ones that do not fit into memory, and leaves out such baselines.
+
+    The graphs of all methods keep the memory of a pass each, beside that of an ordinary one.
+    """
     available = context.available_bytes(request.device)
-    fitting = []
+    fitting, graphs = [], 0
     for name in request.all_methods:
-        needed = max(request.estimate(name, length).peak_bytes for length in request.lengths)
+        estimates = [request.estimate(name, length) for length in request.lengths]
+        graphs += max(one.peak_bytes - one.resident_bytes for one in estimates) if timing.graph else 0
+        needed = graphs + max(one.peak_bytes for one in estimates)
         if needed <= available:
             fitting.append(name)
             continue
-        shortage = f"{name} needs {needed / 2**30:.2f} GiB of memory and {available / 2**30:.2f} GiB are available"
+        shortage = (
+            f"{name} needs {needed / 2**30:.2f} GiB of memory and {available / 2**30:.2f} GiB are available"
+            f"{gpu.held_by_others(request.device)}"
+        )
         if name in request.methods:
             raise UnsupportedError(f"{shortage}: lower --seq, --batch or --layers, or take --method flash")
         progress.note(f"{shortage}: no ratio to it")
@@ -242,6 +276,7 @@ class Bench:
     progress: Progress
     ready: dict[tuple[str, int], Prepared] = field(default_factory=dict)
     caches: dict[str, Cache] = field(default_factory=dict)  # of the length that is being measured
+    graphs: dict[str, Callable[[], Run]] = field(default_factory=dict)  # of that length, too
     samples: dict[tuple[str, int], Samples] = field(default_factory=dict)
     fidelity: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
 
@@ -268,29 +303,27 @@ class Bench:
             ready[length] = found
         return dict(sorted(ready.items()))
 
-    def run(self) -> bool:
-        """Measure all lengths; False when it was interrupted, with what was seen until then."""
-        try:
+    def run(self) -> dict[str, Any]:
+        """Measure all lengths; why it ended early, if it did, with what was seen until then."""
+
+        def all_lengths() -> None:
             for length in self.request.lengths:
                 self._measure_length(length)
-        except KeyboardInterrupt:
-            if not self.results():
-                raise
-            self.progress.note("interrupted: what was measured until then is shown")
-            return False
-        finally:
-            self.progress.done()
-        return True
+
+        return endings.worked(all_lengths, self.results, self.progress)
 
     def _measure_length(self, length: int) -> None:
         lengths = self.request.lengths
         self.progress.stage(f"measuring {self._place(length)} ({lengths.index(length) + 1} of {len(lengths)})")
+        self.graphs = {}  # lets go of those of the length before
         self._fill_caches(length)
+        if self.timing.graph:
+            self._record_graphs(length)
         if length == lengths[0]:
             self._warm_up(length)
             self._began_s = time.perf_counter()  # compilation does not count
-        elif self._seconds_for(length) > self._round_s(length):
-            self._warm_up(length)
+        elif self.request.device == "gpu" or self._seconds_for(length) > self._round_s(length):
+            self._warm_up(length)  # on a GPU the first pass of a length allocates
         outputs: dict[str, Any] = {}
         start, allowed = time.perf_counter(), self._seconds_for(length)
         for round_ in range(1, self.timing.repeats + 1):
@@ -307,12 +340,14 @@ class Bench:
                 doing = f"warming up {name}; the first use on a machine compiles"
                 self.progress.advance(f"{self._place(length)}, {doing}", 0.0)
                 self._pass(name, length, record=False)
+                if self.timing.graph:
+                    self._replayed(name)
 
     def _turn(self, name: str, length: int, outputs: dict[str, Any]) -> None:
         """An instrumented pass of a named method, and a plain one."""
         samples = self.samples.setdefault((name, length), Samples())
         recorded = self._pass(name, length, record=True) if name in self.request.methods else None
-        plain = self._pass(name, length, record=False)
+        plain = self._replayed(name) if self.timing.graph else self._pass(name, length, record=False)
         if recorded:
             for component, seconds in recorded.breakdown.items():
                 samples.components.setdefault(component, []).append(seconds)
@@ -325,6 +360,7 @@ class Bench:
     def _pass(self, name: str, length: int, record: bool) -> Run:
         inputs, ready = self.inputs[length].array, self.ready[name, length]
         cache = self.caches.get(name)
+        self._clear_cache()
         if cache is None:
             return self.runner(inputs, ready, causal=self.request.causal, record=record)
         if self.request.decodes:
@@ -333,6 +369,29 @@ class Bench:
             return self.runner.decode(new, ready, cache, causal=self.request.causal, record=record)
         cache.truncate(0)
         return self.runner(inputs, ready, causal=self.request.causal, record=record, cache=cache)
+
+    def _replayed(self, name: str) -> Run:
+        self._clear_cache()
+        return self.graphs[name]()
+
+    def _clear_cache(self) -> None:
+        if self.timing.l2 == "cold":
+            self.runner.engine.clear_cache()  # type: ignore[attr-defined]  # of the GPU's engine, as was checked
+
+    def _record_graphs(self, length: int) -> None:
+        """A graph of the pass of each method; behind the same cached positions whenever it is replayed."""
+        for name in self.methods:
+            self.progress.advance(f"{self._place(length)}, recording {name}", 0.0)
+            inputs, cache = self.inputs[length].array, self.caches.get(name)
+            if cache is not None:
+                cache.truncate(length if self.request.decodes else 0)
+            new = self._split(inputs, length)[1] if self.request.decodes else inputs
+            try:
+                self.graphs[name] = self.runner.recorded(
+                    new, self.ready[name, length], causal=self.request.causal, cache=cache
+                )
+            except UnsupportedError as error:
+                raise UnsupportedError(f"{name}: {error}") from error
 
     def _fill_caches(self, length: int) -> None:
         """New caches for this length; in decoding they hold its positions already."""

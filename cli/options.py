@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
+from refimpl.errors import ConfigError
+
 from .parsing import parse_choices, parse_lengths, parse_names, parse_settings
+from .request import DEFAULT_ENGINE, TF32, device_and_engine
 
 F = TypeVar("F", bound=Callable[..., Any])
 DTYPES = ("float16", "float32", "float64")
@@ -109,11 +113,50 @@ method_options = _group(
     baseline_option,
 )
 
-engine_options = _group(
+_engine_options = _group(
     click.option("--device", type=click.Choice(("cpu", "gpu")), help="[cpu]"),
     click.option("--engine", metavar="NAME", help="numpy, numba or cupy.  [numba on the CPU, cupy on the GPU]"),
     click.option("--threads", type=POSITIVE, metavar="N", help="CPU threads.  [all cores]"),
+    click.option("--tf32", is_flag=True, help="Round the factors of float32 products to TF32, on a GPU."),
 )
+
+
+def engine_options(command: F) -> F:
+    """--device, --engine, --threads, and --tf32, which is short for an engine."""
+
+    @functools.wraps(command)
+    def chosen(*arguments: Any, device: str | None, engine: str | None, tf32: bool, **given: Any) -> Any:
+        if tf32:
+            if device_and_engine(device, engine)[1] not in (DEFAULT_ENGINE["gpu"], TF32):
+                raise ConfigError("--tf32 is for products on a GPU: add --device gpu, or leave it away")
+            engine = TF32
+        return command(*arguments, device=device, engine=engine, **given)
+
+    return cast(F, _engine_options(chosen))
+
+
+_gpu_memory_option = click.option(
+    "--gpu-memory", metavar="BYTES|PERCENT", help="Allocate no more on the GPU, as 8GiB or 40%.  [all that is free]"
+)
+
+
+def gpu_options(command: F) -> F:
+    """--gpu-memory, for commands that run something: the limit of CuPy's pool is set before CuPy is loaded."""
+
+    @functools.wraps(command)
+    def limited(*arguments: Any, gpu_memory: str | None, **given: Any) -> Any:
+        if gpu_memory is not None:
+            from . import gpu
+
+            if device_and_engine(given["device"], given["engine"])[0] != "gpu":
+                raise ConfigError("--gpu-memory limits what is allocated on a GPU: add --device gpu, or leave it away")
+            if given.get("cluster"):
+                raise ConfigError(f"--gpu-memory is for this machine: set {gpu.LIMIT} where the workers are started")
+            gpu.limit_memory(gpu_memory)
+        return command(*arguments, **given)
+
+    return cast(F, _gpu_memory_option(limited))
+
 
 hardware_option = click.option(
     "--hardware", metavar="NAME|FILE|local", help="See 'effref list hardware'.  [local where calibrated]"

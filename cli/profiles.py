@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from costmodel.hardware import Hardware
+from refimpl.engines import ENGINES
 from refimpl.errors import ConfigError
 
 from .context import cache_root, cpu_name, gpu_name, slug
@@ -15,8 +16,10 @@ from .files import OutputError, write_text
 
 def path(engine: str, threads: int, dtype: str) -> Path:
     """The file of the profile for this engine, thread count and dtype on this machine."""
-    machine = slug(gpu_name() or "gpu") if engine == "cupy" else slug(cpu_name())
-    parts = [machine, engine, dtype] if engine == "cupy" else [machine, engine, f"{threads}t", dtype]
+    if ENGINES[engine][2] == "gpu":
+        parts = [slug(gpu_name() or "gpu"), engine, dtype]
+    else:
+        parts = [slug(cpu_name()), engine, f"{threads}t", dtype]
     return cache_root() / "profiles" / ("-".join(parts) + ".json")
 
 

@@ -430,8 +430,9 @@ def profile_blocks(hardware: Hardware) -> list[Block]:
         for rate in rates.values()
     ]
     levels = [f"{level.level} {quantity(level.bandwidth_bytes_per_s, BYTE_RATES)}" for level in hardware.memory]
+    threads = f", {about.get('threads')} threads" if hardware.kind == "cpu" else ""
     head = (
-        f"{about.get('engine')}, {about.get('threads')} threads, {about.get('dtype')}: "
+        f"{about.get('engine')}{threads}, {about.get('dtype')}: "
         f"{about.get('passes', 0)} passes, {about.get('samples', 0)} samples\nsustained: {', '.join([*peaks, *levels])}"
     )
     residuals: Mapping[str, Mapping[str, Any]] = about.get("residuals", {})

@@ -25,6 +25,7 @@ LENGTHS = (256, 512, 1024, 2048)
 KV_LENGTHS = (256, 1024)
 DECODER = "smollm2-135m"
 DEFAULT_ENGINE = {"cpu": "numba", "gpu": "cupy"}
+TF32 = "cupy-tf32"
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class Request:
             "causal": self.config.causal if self.causal is None else self.causal,
             "device": self.device,
             "engine": self.engine,
+            **({"tf32": self.engine == TF32} if self.device == "gpu" else {}),
             "threads": self.threads,
         }
 
@@ -144,6 +146,7 @@ def resolve(
     config = resolve_config(default_model(methods, phase) if model is None else model)
     changed = override(config, **dict(overrides or {}))
     device, engine = device_and_engine(device, engine)
+    check_dtype(engine, dtype)
     if threads is not None and threads < 1:
         raise ConfigError(f"threads is {threads}; it must be at least 1")
     request = Request(
@@ -225,6 +228,12 @@ def params_of(method: str, given: Mapping[str, Mapping[str, Any]]) -> Mapping[st
     """What is given for a method: its parameters; for several combined, those of each by its name."""
     names = members(method)
     return given.get(names[0]) if len(names) == 1 else {name: given[name] for name in names if name in given}
+
+
+def check_dtype(engine: str, dtype: str) -> None:
+    """Raise ConfigError where an engine is not for this dtype."""
+    if engine == TF32 and dtype != "float32":
+        raise ConfigError(f"TF32 is a way to multiply float32, but the dtype is {dtype}: leave one of them away")
 
 
 def device_and_engine(device: str | None, engine: str | None) -> tuple[str, str]:

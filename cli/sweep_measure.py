@@ -15,10 +15,11 @@ import numpy as np
 
 from refimpl.errors import ConfigError, EffrefError
 
-from . import files, pareto
+from . import files, gpu, machines, pareto
 from .files import OutputError
 from .grid import Block, Grid
 from .progress import Progress
+from .request import device_and_engine
 from .sweep_rows import MEASURE_COLUMNS, ParquetWriter, line, parsed
 from .sweeping import Plan, Summary, refuse_empty, sidecar
 
@@ -92,6 +93,12 @@ def measure_point(point: Point) -> Outcome:
         document = measure(**point.request)
     except EffrefError as error:
         return Outcome(point.number, reason=str(error))
+    except Exception as error:
+        if not gpu.out_of_memory(error):
+            raise
+        return Outcome(point.number, reason=gpu.shortage(error))
+    if "out_of_memory" in document:
+        return Outcome(point.number, reason=document["out_of_memory"])
     if "interrupted" in document:
         raise KeyboardInterrupt
     return Outcome(point.number, row_of(point.number, document))
@@ -126,6 +133,8 @@ def row_of(number: int, document: Mapping[str, Any]) -> dict[str, Any]:
 def measured(plan: Plan, timing: Timing, progress: Progress) -> Summary:
     """Measure what is not in the file yet; with Ctrl-C what is done stays there."""
     assert plan.path is not None  # a plan that measures has one
+    if plan.cluster is None:  # on a cluster the workers need a GPU, not this machine
+        machines.require(device_and_engine(plan.device, plan.engine)[1])
     summary = Summary(plan.grid.size)
     checksum = plan.grid.checksum(device=plan.device, engine=plan.engine, threads=plan.threads, **asdict(timing))
     with Journal(plan.path, checksum, plan.grid) as journal:

@@ -40,7 +40,11 @@ HALVES: dict[str, tuple[str, ...]] = {
     "linear_attention": ("q_len", "head_dim"),
     "refine": ("n", "d_in"),
 }
-HALF_PRIOR = 8.0  # rows, columns: a few vector registers
+HALF_PRIOR = {"cpu": 8.0, "gpu": 64.0}  # rows, columns: a few vector registers, half a tile of a product on a GPU
+LEVELS = {"cpu": ("cache", "memory"), "gpu": ("L2", "memory")}
+CACHE_PRIOR = 4e6  # bytes, where the machine does not say
+MEASURED_ALONE = {"near": "near_bytes_per_s", "far": "far_bytes_per_s", "cache": "cache_bytes"}
+KNOWN_SIGMA = 0.1  # in log units, of a bandwidth that was measured alone
 PRIOR_SIGMA = {"overhead": 2.0, "half": 1.5, "vector": 1.5, "near": 0.7, "far": 0.7, "cache": 0.7}  # in log units
 
 
@@ -92,8 +96,11 @@ def fit(passes: Sequence[Pass], itemsize: int, *, kind: Literal["cpu", "gpu"], a
         Timed forward passes of models of several widths and lengths.
     itemsize : int
         Bytes per element.
-    kind, about
-        Put into the profile.
+    kind : {"cpu", "gpu"}
+        On a GPU launches overlap with work.
+    about : mapping
+        Put into the profile. The fit begins at what it knows of the machine: ``cache_bytes``, and at the bandwidths
+        ``near_bytes_per_s`` and ``far_bytes_per_s`` where they were measured alone; near these it stays.
 
     Returns
     -------
@@ -123,8 +130,9 @@ def _fit_once(passes: Sequence[Pass], itemsize: int, kind: Literal["cpu", "gpu"]
     for one in passes:
         for placed in _placed(one, itemsize):
             samples[placed.kind].append(placed)
-    stream = _fit_op(samples[STREAM], None)
-    ops = {name: _fit_op(found, stream) for name, found in samples.items()} | {STREAM: stream}
+    known = {name: float(about[full]) for name, full in MEASURED_ALONE.items() if full in about}
+    stream = _fit_op(samples[STREAM], None, kind, known)
+    ops = {name: _fit_op(found, stream, kind) for name, found in samples.items()} | {STREAM: stream}
     dtype = str(about["dtype"])
     return Hardware(
         name="local",
@@ -136,8 +144,8 @@ def _fit_once(passes: Sequence[Pass], itemsize: int, kind: Literal["cpu", "gpu"]
         matmul_flops_per_s={dtype: _best_rate(samples, "matmul_flops", PRODUCTS)},
         vector_flops_per_s={dtype: _best_rate(samples, "vector_flops", tuple(set(samples) - set(HALVES)))},
         memory=(
-            MemoryLevel("cache", stream.cache_bytes, stream.near_bytes_per_s),
-            MemoryLevel("memory", float(about.get("capacity_bytes", 0)), stream.far_bytes_per_s),
+            MemoryLevel(LEVELS[kind][0], stream.cache_bytes, stream.near_bytes_per_s),
+            MemoryLevel(LEVELS[kind][1], float(about.get("capacity_bytes", 0)), stream.far_bytes_per_s),
         ),
         ops=ops,
         about={**about, "passes": len(passes), "samples": sum(len(found) for found in samples.values())},
@@ -174,28 +182,33 @@ def _columns(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
     return {name: np.array([row[name] for row in rows], float) for name in rows[0]}
 
 
-def _fit_op(found: list[_Placed], stream: OpModel | None) -> OpModel:
+def _fit_op(
+    found: list[_Placed], stream: OpModel | None, kind: str, known: Mapping[str, float] | None = None
+) -> OpModel:
     """Least squares on the logarithm of time; the start is also the centre of the priors."""
     from scipy.optimize import least_squares
 
     seen = _Observed.of(found)
-    names, start, sigma = _start(seen, stream)
+    names, start, sigma = _start(seen, stream, kind, known or {})
 
     def residuals(x: Any) -> Any:
-        model = _model(names, x, seen.op)
+        model = _model(names, x, seen.op, kind)
         misfit = np.log(seconds_of_call(model, seen.sizes, seen.cost, seen.traffic) / seen.seconds)
         robust = np.sign(misfit) * np.sqrt(2.0 * (np.sqrt(1.0 + (misfit / 0.1) ** 2) - 1.0))
         return np.concatenate([robust, (x - start) / sigma])
 
-    return _model(names, least_squares(residuals, start, method="trf").x, seen.op)
+    return _model(names, least_squares(residuals, start, method="trf").x, seen.op, kind)
 
 
-def _start(seen: _Observed, stream: OpModel | None) -> tuple[list[str], Any, Any]:
+def _start(
+    seen: _Observed, stream: OpModel | None, kind: str, known: Mapping[str, float]
+) -> tuple[list[str], Any, Any]:
     """The fitted constants by name, the logarithms they start from, and how far each may wander."""
-    values: dict[str, tuple[float, float]] = {"overhead": (float(seen.seconds.min()) / 2, PRIOR_SIGMA["overhead"])}
+    share = 1.0 if kind == "gpu" else 0.5  # of the shortest call: a launch that overlaps is all of it
+    values: dict[str, tuple[float, float]] = {"overhead": (float(seen.seconds.min()) * share, PRIOR_SIGMA["overhead"])}
     if np.any(seen.cost.matmul_flops):
         values["matmul"] = (float((seen.cost.matmul_flops / seen.seconds).max()) * 1.1, 0.5)
-        values |= dict.fromkeys(HALVES[seen.op], (HALF_PRIOR, PRIOR_SIGMA["half"]))
+        values |= dict.fromkeys(HALVES[seen.op], (HALF_PRIOR[kind], PRIOR_SIGMA["half"]))
     if np.any(seen.cost.vector_flops):
         rate = float((seen.cost.vector_flops / seen.seconds).max()) * 1.1
         if stream:  # a few FLOPs beside a product, or in short calls, do not tell their rate
@@ -203,15 +216,18 @@ def _start(seen: _Observed, stream: OpModel | None) -> tuple[list[str], Any, Any
         values["vector"] = (rate, PRIOR_SIGMA["vector"])
     rate = float((seen.cost.bytes_moved / seen.seconds).max())
     near, far, cache = (
-        (stream.near_bytes_per_s, stream.far_bytes_per_s, stream.cache_bytes) if stream else (rate, rate / 2, 4e6)
+        (stream.near_bytes_per_s, stream.far_bytes_per_s, stream.cache_bytes)
+        if stream
+        else (known.get("near", rate), known.get("far", rate / 2), known.get("cache", CACHE_PRIOR))
     )
-    values["near"], values["far"] = (near, PRIOR_SIGMA["near"]), (far, PRIOR_SIGMA["far"])
-    values["cache"] = (cache, PRIOR_SIGMA["cache"] if stream else 2.0)
+    values["near"] = (near, KNOWN_SIGMA if "near" in known else PRIOR_SIGMA["near"])
+    values["far"] = (far, KNOWN_SIGMA if "far" in known else PRIOR_SIGMA["far"])
+    values["cache"] = (cache, PRIOR_SIGMA["cache"] if stream or "cache" in known else 2.0)
     start = np.log([value for value, _ in values.values()])
     return list(values), start, np.array([spread for _, spread in values.values()])
 
 
-def _model(names: list[str], x: Any, op: str) -> OpModel:
+def _model(names: list[str], x: Any, op: str, kind: str) -> OpModel:
     value = dict(zip(names, np.exp(x).tolist(), strict=True))
     return OpModel(
         overhead_s=value["overhead"],
@@ -221,6 +237,7 @@ def _model(names: list[str], x: Any, op: str) -> OpModel:
         near_bytes_per_s=value["near"],
         far_bytes_per_s=value["far"],
         cache_bytes=value["cache"],
+        overlaps=kind == "gpu",
     )
 
 

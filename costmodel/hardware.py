@@ -38,6 +38,8 @@ class OpModel:
         Size name -> the length at which half of the matrix rate is reached (Hockney's n 1/2).
     near_bytes_per_s, far_bytes_per_s : float
         Bandwidth for a working set well inside, and well outside, `cache_bytes`.
+    overlaps : bool
+        Whether the overhead passes while earlier work is still done, as launches of a GPU do.
     """
 
     overhead_s: float
@@ -47,6 +49,7 @@ class OpModel:
     near_bytes_per_s: float
     far_bytes_per_s: float
     cache_bytes: float
+    overlaps: bool = False
 
 
 @dataclass(frozen=True)

@@ -246,17 +246,23 @@ def parts_of_call(
 
     compute = matmul_flops / (rate * prod n / (n + n_half)) + vector_flops / rate
     memory  = streamed bytes / bandwidth(all that is streamed in a pass) + other bytes / bandwidth(other bytes)
+
+    Where calls overlap, a launch goes on while the device does what was launched before: only what the launch takes
+    longer than the work is overhead.
     """
     slowdown: Quantity = 1.0
     for name, half in model.half.items():
         slowdown = slowdown * (1.0 + half / np.maximum(sizes[name], 1))
     compute = one.matmul_flops / model.matmul_flops_per_s * slowdown + one.vector_flops / model.vector_flops_per_s
     memory = traffic.streamed / bandwidth(model, traffic.resident) + traffic.passed / bandwidth(model, traffic.passed)
-    return model.overhead_s, compute, memory
+    overhead: Quantity = model.overhead_s
+    if model.overlaps:
+        overhead = np.maximum(overhead - np.maximum(compute, memory), 0.0)
+    return overhead, compute, memory
 
 
 def seconds_of_call(model: OpModel, sizes: Mapping[str, Quantity], one: Cost, traffic: Traffic) -> Quantity:
-    """``overhead + max(compute, memory)``."""
+    """``overhead + max(compute, memory)``; the larger of the two where calls overlap."""
     overhead, compute, memory = parts_of_call(model, sizes, one, traffic)
     return overhead + np.maximum(compute, memory)
 

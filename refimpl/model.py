@@ -16,7 +16,7 @@ rows of the right context give no output and leave nothing in the cache.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from refimpl.components import CONVOLUTION, HEAD, NORM, RESIDUAL, STEM
 from refimpl.config import ModelConfig
 from refimpl.engines import engine as get_engine
 from refimpl.engines.protocol import Array, Engine
-from refimpl.errors import ConfigError, InputError, ShapeError
+from refimpl.errors import ConfigError, InputError, ShapeError, UnsupportedError
 from refimpl.images import resized_positions
 from refimpl.methods import parameters
 from refimpl.methods.dense import Dense
@@ -258,7 +258,53 @@ class Runner:
         cache: Cache | None,
     ) -> Run:  # fmt: skip
         """All positions at once, or one chunk."""
-        steps, weights = (method.program(), method.weights) if isinstance(method, Prepared) else (method, self.weights)
+        steps = method.program() if isinstance(method, Prepared) else method
+        work = self._work(inputs, steps, method, causal, mask, cache)
+        recorder = Recorder(self.engine) if record else None
+        at: At = recorder.at if recorder else lambda component: self.engine
+        start = self.engine.mark()
+        x = work(at, steps)
+        stop = self.engine.mark()
+        if cache is not None:
+            cache.advance(sequence_length(self.config, inputs))
+        output = self.engine.to_numpy(x)
+        return Run(output, self.engine.elapsed_s(start, stop), recorder.calls() if recorder else [])
+
+    def recorded(
+        self, inputs: Array, method: Prepared, *, causal: bool | None = None, cache: Cache | None = None
+    ) -> Callable[[], Run]:
+        """A pass as a CUDA graph, on an engine that can record one; each call launches it again.
+
+        Behind the positions that the cache holds now, which stay as they are. Nothing is noted of single ops.
+
+        Raises
+        ------
+        UnsupportedError
+            If the engine records no graphs, the model streams, or the method reads a result on the host on its way.
+        ConfigError, ShapeError, InputError
+            As in `forward`.
+        """
+        if not hasattr(self.engine, "record"):
+            raise UnsupportedError(f"the engine '{self.engine.name}' records no CUDA graphs: take 'cupy'")
+        if self.config.streams:
+            raise UnsupportedError(f"{self.config.name} streams: its passes differ with the cache, so no graph fits")
+        check_inputs(self.config, inputs)
+        causal = self.config.causal if causal is None else causal
+        work = self._work(inputs, method.program(), method, causal, None, cache)
+        replay = self.engine.record(lambda: work(lambda component: self.engine, method.program()))
+
+        def run() -> Run:
+            output, seconds = replay()
+            return Run(self.engine.to_numpy(output), seconds, [])
+
+        return run
+
+    def _work(
+        self, inputs: Array, steps: Dense, method: Prepared | Dense, causal: bool, mask: Array | None,
+        cache: Cache | None,
+    ) -> Callable[[At, Dense], Array]:  # fmt: skip
+        """What a pass does with its checked inputs, which are on the device then; takes a fresh program."""
+        weights = method.weights if isinstance(method, Prepared) else self.weights
         length, first = sequence_length(self.config, inputs), 0
         if cache is not None:
             self.config.check_cache(causal)
@@ -268,29 +314,26 @@ class Runner:
         tables = self._tables_for(first, length, cache.capacity if cache else length)
         x = self.engine.asarray(inputs if self.config.stem == "tokens" else inputs.astype(self._dtype, copy=False))
         mask = None if mask is None else self.engine.asarray(mask)
-        recorder = Recorder(self.engine) if record else None
-        at: At = recorder.at if recorder else lambda component: self.engine
-        start = self.engine.mark()
-        if cache is not None:
-            cache.make_room(at)
-        x = self._stem(at, x, first)
-        for index, of_layer in enumerate(weights.layers):
-            layer = Layer(index, self.config, of_layer, causal, mask, tables, cache)
-            x = LAYERS[self.config.recipe](at, x, layer, steps)
-        if self.config.right_context:
-            x = x[:, :length, :]  # (B, T, d)
-        if self.config.final_norm:
-            x = _norm(at, x, weights.final_norm, self.config)
-        if self.config.head:
-            x = steps.head(at, x, weights)
-        if self.config.d_out:
-            x = at(HEAD).linear(x, weights.output.weight, weights.output.bias)  # (B, T, d_out)
-            x = _norm(at, x, weights.output_norm, self.config)
-        stop = self.engine.mark()
-        if cache is not None:
-            cache.advance(length)
-        output = self.engine.to_numpy(x)
-        return Run(output, self.engine.elapsed_s(start, stop), recorder.calls() if recorder else [])
+
+        def work(at: At, steps: Dense) -> Array:
+            if cache is not None:
+                cache.make_room(at)
+            h = self._stem(at, x, first)  # (B, T, d)
+            for index, of_layer in enumerate(weights.layers):
+                layer = Layer(index, self.config, of_layer, causal, mask, tables, cache)
+                h = LAYERS[self.config.recipe](at, h, layer, steps)
+            if self.config.right_context:
+                h = h[:, :length, :]  # (B, T, d)
+            if self.config.final_norm:
+                h = _norm(at, h, weights.final_norm, self.config)
+            if self.config.head:
+                h = steps.head(at, h, weights)
+            if self.config.d_out:
+                h = at(HEAD).linear(h, weights.output.weight, weights.output.bias)  # (B, T, d_out)
+                h = _norm(at, h, weights.output_norm, self.config)
+            return h
+
+        return work
 
     def decode(
         self,

@@ -188,7 +188,7 @@ class HostCupy(types.ModuleType):
             cublas=HostBlas(self), nvrtc=None, Event=event, get_elapsed_time=lambda a, b: 1e3 * (b.s - a.s),
             device=types.SimpleNamespace(get_cublas_handle=lambda: 1),
             alloc_pinned_memory=bytearray, get_current_stream=lambda: None,
-            Device=lambda: types.SimpleNamespace(id=0, synchronize=lambda: None),
+            Device=lambda: types.SimpleNamespace(id=0, synchronize=lambda: None, pci_bus_id="0000:01:00.0"),
             runtime=types.SimpleNamespace(
                 CUDA_R_16F=2, CUDA_R_32F=0, CUDA_R_64F=1, getDeviceCount=lambda: 1, memGetInfo=lambda: (10, 20),
                 getDeviceProperties=lambda i: {"name": b"emulated", "major": 9, "minor": 0, "multiProcessorCount": 4},
@@ -212,7 +212,9 @@ class HostCupy(types.ModuleType):
         return HostModule(self, code, options, name_expressions)
 
     def get_default_memory_pool(self):
-        return types.SimpleNamespace(free_bytes=lambda: 5)
+        return types.SimpleNamespace(
+            free_bytes=lambda: 5, used_bytes=lambda: 2, total_bytes=lambda: 7, get_limit=lambda: 0
+        )
 
     def empty(self, shape, dtype=np.float64):
         dtype, size = np.dtype(dtype), math.prod(shape)

@@ -87,7 +87,9 @@ class Lab:
         return document
 
     def whole(self, document: dict[str, Any]) -> dict[str, Any]:
-        """The document, after a look whether its run was stopped."""
+        """The document, after a look whether its run was stopped; UnsupportedError where memory ran out."""
+        if "out_of_memory" in document:
+            raise UnsupportedError(document["out_of_memory"])
         self.interrupted = self.interrupted or "interrupted" in document
         return document
 

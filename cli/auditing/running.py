@@ -11,7 +11,7 @@ from typing import Any
 from refimpl.errors import ConfigError, EffrefError
 from refimpl.weights import resolve_config
 
-from .. import context, machines
+from .. import context, gpu, machines
 from ..progress import Progress
 from ..request import device_and_engine
 from ..results import SCHEMA_VERSION, describe
@@ -112,6 +112,8 @@ def planned(
     if model is not None:
         resolve_config(model)
     machines.find(hardware)
+    if measure:
+        machines.require(engine)
     names = None if method is None else (method,) if isinstance(method, str) else tuple(method)
     count = threads or context.cores()
     return Plan(tuple(chosen), names, model, device, engine, count, hardware, measure, max_seconds, seed)
@@ -186,10 +188,12 @@ def _outcome(run: Callable[[], list[Reading]]) -> Outcome:
     readings, reason = [], ""
     try:
         readings = run()
-    except MemoryError:
-        reason = "memory ran out"
     except EffrefError as error:
         reason = " ".join(str(error).split())
+    except Exception as error:
+        if not gpu.out_of_memory(error):
+            raise
+        reason = gpu.shortage(error)
     return Outcome(tuple(readings), reason, (), time.perf_counter() - start)
 
 

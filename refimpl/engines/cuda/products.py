@@ -1,7 +1,7 @@
 """Matrix products by cuBLAS, called through its own interface.
 
 ``cupy.matmul`` would copy transposed and strided stacks first, and cannot scale. Products of float16 are summed in
-float32; TF32 is never used.
+float32; TF32 is used by the engine that is asked for it alone.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from refimpl.errors import ShapeError
 
 class Products(Launcher):
     """Stacks of products of any strides."""
+
+    tf32 = False  # whether the factors of float32 products are rounded to TF32
 
     def _multiply(
         self, a: Array, b: Array, out: Array, *, transposed: bool = False, alpha: float = 1.0, beta: float = 0.0
@@ -40,6 +42,8 @@ class Products(Launcher):
         kinds = {"float16": runtime.CUDA_R_16F, "float32": runtime.CUDA_R_32F, "float64": runtime.CUDA_R_64F}
         kind, out_kind = kinds[dtype_of(a)], kinds[out.dtype.name]
         compute = cublas.CUBLAS_COMPUTE_64F if a.dtype == np.float64 else cublas.CUBLAS_COMPUTE_32F
+        if self.tf32 and a.dtype == np.float32:
+            compute = cublas.CUBLAS_COMPUTE_32F_FAST_TF32
         factors = np.asarray([alpha, beta], WIDE[a.dtype.name])
         one, zero = factors.ctypes.data, factors.ctypes.data + factors.itemsize
         turn = cublas.CUBLAS_OP_T if transposed else cublas.CUBLAS_OP_N
