@@ -23,7 +23,8 @@ THRESHOLDS = np.array([0.0, 0.4, 1.5, np.inf])
 @pytest.fixture(autouse=True)
 def _together(monkeypatch):
     """All kernels of a dtype in one module: g++ takes as long for one."""
-    monkeypatch.setattr(filtered, "FILTERED", replace(filtered.FILTERED, apart=False))
+    for name in ("FILTERED", "HALF"):
+        monkeypatch.setattr(filtered, name, replace(getattr(filtered, name), apart=False))
 
 
 @pytest.fixture(autouse=True)
@@ -135,8 +136,9 @@ def test_codes_of_heads_that_are_zero_tiny_or_not_finite(engine, packs, dtype, m
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_codes_round_halves_to_even_like_the_reference(engine, dtype):
-    x = np.concatenate([[127.0], np.arange(-127, 127) + 0.5]).astype(dtype).reshape(1, 1, -1, 1)
-    check_codes(engine, x)
+    """Also by a scale whose reciprocal is rounded: a product with that is no quotient."""
+    halves = np.concatenate([[127.0], np.arange(-127, 127) + 0.5]).reshape(1, 1, -1, 1)
+    check_codes(engine, np.concatenate([scale * halves for scale in (1, 3, 7)], axis=1).astype(dtype))
 
 
 # --- which keys are kept --------------------------------------------------------------------------------------------
@@ -291,6 +293,23 @@ def test_strided_heads_and_a_context_that_merges_without_a_copy(engine):
     assert engine.merge_heads(context).data.ptr == context.data.ptr
 
 
+@pytest.mark.parametrize(("width", "kernel"), [(8, "filtered_half<false>"), (12, "filtered<T, A, 1, false>")])
+def test_tensor_cores_add_values_of_float16_where_rows_are_whole_packs(engine, width, kernel, monkeypatch):
+    launched, run = [], engine._launch
+    monkeypatch.setattr(
+        engine, "_launch", lambda source, name, *rest: (launched.append(name), run(source, name, *rest))
+    )
+    q, k, wide, *rest = case("float16", 1, 2, 1, 20, 70, 16, 32)
+    given = [engine.asarray(x) for x in (q, k)]
+    codes = [engine.asarray(x) for x in (*rest, THRESHOLDS[1:3])]
+    for first, name in ((0, kernel), (3, "filtered<T, A, 1, false>")):  # 3: rows begin at no multiple of 16 bytes
+        context, _ = engine.filtered_attention(*given, engine.asarray(wide)[..., first : first + width], *codes, 0.25)
+        v = wide[..., first : first + width]
+        wanted, _ = REFERENCE.filtered_attention(q, k, v, *rest, THRESHOLDS[1:3], 0.25)
+        np.testing.assert_allclose(engine.to_numpy(context), wanted, atol=4e-3)
+        assert launched[-1] == name
+
+
 def test_without_keys_or_queries_there_is_nothing(engine):
     for q_len, k_len in ((3, 0), (0, 4)):
         given = case("float32", 1, 2, 1, q_len, k_len, 8, 4)
@@ -358,6 +377,12 @@ def test_tiles_cover_all_rows_and_keys_once(maps, rows, k_len, warps, splits_key
 def test_shared_memory_of_common_heads(width, itemsize, v_width, warps, used):
     assert filtered.warps_that_fit(width, itemsize, v_width) == warps
     assert filtered.shared_bytes(width, warps, itemsize, v_width) == used
+
+
+def test_shared_memory_of_heads_in_float16_leaves_room_for_four_blocks():
+    used = filtered.shared_bytes(64, filtered.warps_that_fit(64, 4, 64, True), 4, 64, True)
+    assert used == 48_128
+    assert 4 * (used + 1024) <= 228 << 10  # of a multiprocessor, of which each block costs 1 KiB more
 
 
 @pytest.mark.parametrize(("maps", "packs"), [(1, 1), (12, 2048), (12, 2049), (96, 8192), (5000, 10**6), (1, 10**6)])

@@ -17,16 +17,19 @@ from refimpl.errors import ShapeError, UnsupportedError
 FILTERED = Source(
     "filtered.cu",
     (
-        "most<T, true>", "most<T, false>", "codes<T, true>", "codes<T, false>", "maxima<true>", "maxima<false>",
+        "maxima<true>", "maxima<false>",
         *(f"filtered<T, A, {columns}, {nearest}>" for columns in (1, 2, 4) for nearest in ("true", "false")),
         "filtered_map<T, A, true>", "filtered_map<T, A, false>", "merge<T, A>",
     ),
     capability=80,
     apart=True,
 )  # fmt: skip
+HALF = Source("filtered_half.cu", ("filtered_half<true>", "filtered_half<false>"), ("float16",), 80, apart=True)
+QUANTIZE = Source("quantize.cu", ("most<T, true>", "most<T, false>", "codes<T, true>", "codes<T, false>"))
 MARGINS = Source("margins.cu", ("margins<__half>", "margins<float>", "margins<double>"), dtypes=("float64",))
 
 TILE, KEYS, PAD, ROOM = 16, 64, 16, 40  # rows of a warp, keys of a tile, bytes and numbers between rows: filtered.cu
+VALUE_PAD = 8  # numbers behind a row of values and of sums: filtered_half.cu
 WARPS = 4  # of a block
 HEAD_PACKS = 2048  # of 16 bytes: a longer head is quantised by several blocks
 SHARED_BYTES = 227 << 10  # that a block can have on an H100 (CUDA C++ Programming Guide, compute capability 9.0)
@@ -76,9 +79,9 @@ class Filtered(Launcher):
         sizes = heads, length, width, *strides, parts, span
         flag = "true" if vector else "false"
         if parts > 1:
-            self._launch(FILTERED, f"most<T, {flag}>", x, launch, x, most, *sizes)
+            self._launch(QUANTIZE, f"most<T, {flag}>", x, launch, x, most, *sizes)
         tiny = float(np.finfo(x.dtype).smallest_normal)
-        self._launch(FILTERED, f"codes<T, {flag}>", x, launch, x, most, codes, sigma, *sizes, tiny)
+        self._launch(QUANTIZE, f"codes<T, {flag}>", x, launch, x, most, codes, sigma, *sizes, tiny)
         return codes, sigma
 
     def filtered_attention(
@@ -97,16 +100,18 @@ class Filtered(Launcher):
         given = self._operands(q, k, q_codes, k_codes, mask)
         most, steps, margins = self._maxima(given, q_scale, k_scale, thresholds, scale, causal, nibble)
         v = self._unit_columns(v)
-        tiles = cut(batch * groups, rows, k_len, warps_that_fit(width, itemsize, v_width), True)
-        shared = shared_bytes(width, tiles.launch.block[1], itemsize, v_width)
+        v_strides, out_strides = strides_of(v, batch), element_strides(out)[:3]
+        half = q.dtype == np.float16 and in_packs(v_width, *((v, stride) for stride in v_strides))
+        tiles = cut(batch * groups, rows, k_len, warps_that_fit(width, itemsize, v_width, half), True)
+        shared = shared_bytes(width, tiles.launch.block[1], itemsize, v_width, half)
         splits, maps = tiles.splits, batch * heads
         parts = self.xp.empty((splits, maps * q_len, v_width) if splits > 1 else (1,), WIDE[dtype_of(q)])
         stats = self.xp.empty((splits, maps * q_len, 2) if splits > 1 else (1,), WIDE[dtype_of(q)])
-        v_strides, out_strides = strides_of(v, batch), element_strides(out)[:3]
-        kernel = f"filtered<T, A, {columns_per_lane(v, v_strides)}, {flag(nibble == 'round')}>"
-        exact = stage2 == "float"
+        source, nearest, exact = HALF if half else FILTERED, flag(nibble == "round"), stage2 == "float"
+        sparse = f"filtered<T, A, {columns_per_lane(v, v_strides)}, {nearest}>"
         self._launch(
-            FILTERED, kernel, q, Launch(tiles.launch.grid, tiles.launch.block, shared),
+            source, f"filtered_half<{nearest}>" if half else sparse, q,
+            Launch(tiles.launch.grid, tiles.launch.block, shared),
             given.q, given.k, given.q_codes, given.k_codes, most, steps, margins, given.mask, v, out, parts, stats,
             counts, maps, heads, groups, q_len, k_len, width, tiles.tiles, splits, tiles.span, int(causal), int(exact),
             given.masked, given.packed, float(scale), *given.strides, v_width, *v_strides, *out_strides,
@@ -183,11 +188,11 @@ class Filtered(Launcher):
             q_scale, k_scale, thresholds, steps, margins, maps, heads, heads // groups, k_batch, float(scale),
         )  # fmt: skip
         most = self.xp.full((batch, heads, q_len), LOWEST, np.int32)
-        tiles = cut(batch * groups, heads // groups * q_len, k_len, WARPS, True)
-        tiles_shared = shared_bytes(width, tiles.launch.block[1], 0, 0)
+        tiles = cut(batch * groups, heads // groups * q_len, k_len, warps_that_fit(width, 0, 0), True)
+        shared = shared_bytes(width, tiles.launch.block[1], 0, 0)
         self._launch(
             FILTERED, f"maxima<{flag(nibble == 'round')}>", given.q,
-            Launch(tiles.launch.grid, tiles.launch.block, tiles_shared), given.q_codes, given.k_codes, given.mask, most,
+            Launch(tiles.launch.grid, tiles.launch.block, shared), given.q_codes, given.k_codes, given.mask, most,
             heads, groups, q_len, k_len, width, tiles.tiles, tiles.splits, tiles.span, int(causal), given.masked,
             given.packed, *given.strides[6:],
         )  # fmt: skip
@@ -228,17 +233,18 @@ def parts_of_heads(maps: int, packs: int) -> tuple[int, int]:
     return -(-packs // span), span
 
 
-def shared_bytes(width: int, warps: int, itemsize: int, v_width: int) -> int:
-    """Shared memory of a block: codes of its rows and of a tile of keys, weights, sums of values."""
-    row = -(-width // 32) * 32 + PAD
-    return row * (warps * TILE + KEYS) + warps * TILE * (ROOM + v_width) * itemsize
+def shared_bytes(width: int, warps: int, itemsize: int, v_width: int, half: bool = False) -> int:
+    """Shared memory of a block: codes of its rows and of a tile of keys, weights, sums; with `half` values too."""
+    row, rows = -(-width // 32) * 32 + PAD, warps * TILE
+    sums = v_width + (VALUE_PAD if half else 0)
+    return row * (rows + KEYS) + rows * (ROOM + sums) * itemsize + (2 * KEYS * sums if half else 0)
 
 
-def warps_that_fit(width: int, itemsize: int, v_width: int) -> int:
+def warps_that_fit(width: int, itemsize: int, v_width: int, half: bool = False) -> int:
     """Warps of a block, so that it leaves room for a second one; fewer where heads are wide."""
     for most in (SHARED_BYTES // 2, SHARED_BYTES):
         for warps in (WARPS, WARPS // 2, 1):
-            if shared_bytes(width, warps, itemsize, v_width) <= most:
+            if shared_bytes(width, warps, itemsize, v_width, half) <= most:
                 return warps
     raise UnsupportedError(
         f"filtered attention: heads of {width} numbers and values of {v_width} do not fit into {SHARED_BYTES} bytes of "

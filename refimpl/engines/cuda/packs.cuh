@@ -10,7 +10,7 @@ template <int N, typename T> __device__ void store(T* to, const Pack<T, N>& pack
     *reinterpret_cast<Pack<T, N>*>(to) = pack;
 }
 
-const unsigned WARP = 0xffffffff;  // all lanes
+enum : unsigned { WARP = 0xffffffff };  // all lanes
 
 template <typename A> __device__ A warp_sum(A value) {
     for (int by = 16; by; by /= 2) value += __shfl_xor_sync(WARP, value, by);
