@@ -66,7 +66,7 @@ def test_crossover_looks_up_to_what_fits(on_gpu, cupy) -> None:
 
 def test_processes_that_hold_the_memory_are_named(on_gpu, cupy, nvml) -> None:
     cupy.free = 1000
-    nvml.compute = [process(os.getpid(), 1 << 30), process(2**22 + 1, 3 << 30), process(os.getppid(), 70 << 30)]
+    nvml.compute = [process(os.getpid(), 5 << 30), process(2**22 + 1, 3 << 30), process(os.getppid(), 70 << 30)]
     nvml.graphics = [process(2**22 + 2, None), process(2**22 + 3, 1 << 20)]  # not told; too little for a word
     said = error_of(on_gpu("measure", *RUN, "--seq", "64"))
     import psutil
@@ -476,6 +476,13 @@ def test_the_state_of_the_gpu_is_in_the_context(on_gpu, nvml) -> None:
     assert state["mean_power_w"] > 0
     assert state["throttled_s"] == {"power": 0.0, "thermal": 0.0}
     assert nvml.sessions == 0  # each one was closed
+
+
+def test_the_gpu_has_a_name_where_the_driver_lists_none(on_gpu, nvml, monkeypatch) -> None:
+    from effref import context
+
+    monkeypatch.setattr(context, "gpu_name", lambda: None)
+    assert measured(on_gpu)["context"]["gpu"] == "NVIDIA Simulated"
 
 
 @pytest.mark.parametrize(
