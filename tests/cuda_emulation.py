@@ -55,6 +55,11 @@ class HostArray(np.ndarray):
     def data(self):
         return types.SimpleNamespace(ptr=self.ctypes.data)
 
+    def set(self, host, stream=None):
+        assert (host.shape, host.dtype) == (self.shape, self.dtype)
+        assert all(array.flags.c_contiguous for array in (host, self))
+        self[...] = host
+
 
 @functools.cache
 def half_instructions() -> tuple[str, ...]:
@@ -182,10 +187,11 @@ class HostCupy(types.ModuleType):
         self.cuda = types.SimpleNamespace(
             cublas=HostBlas(self), nvrtc=None, Event=event, get_elapsed_time=lambda a, b: 1e3 * (b.s - a.s),
             device=types.SimpleNamespace(get_cublas_handle=lambda: 1),
+            alloc_pinned_memory=bytearray, get_current_stream=lambda: None,
             Device=lambda: types.SimpleNamespace(id=0, synchronize=lambda: None, pci_bus_id="0000:01:00.0"),
             runtime=types.SimpleNamespace(
                 CUDA_R_16F=2, CUDA_R_32F=0, CUDA_R_64F=1, getDeviceCount=lambda: 1, memGetInfo=lambda: (10, 20),
-                getDeviceProperties=lambda i: {"name": b"emulated"},
+                getDeviceProperties=lambda i: {"name": b"emulated", "major": 9, "minor": 0, "multiProcessorCount": 4},
             ),
         )  # fmt: skip
 

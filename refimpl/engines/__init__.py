@@ -14,13 +14,15 @@ ENGINES: dict[str, tuple[str, str, str]] = {
     "numba": ("refimpl.engines.numba_engine", "NumbaEngine", "cpu"),
     "cupy": ("refimpl.engines.cupy_engine", "CupyEngine", "gpu"),
     "cupy-tf32": ("refimpl.engines.cupy_engine", "CupyTf32Engine", "gpu"),
+    "cupy-cudnn": ("refimpl.engines.cupy_engine", "CupyCudnnEngine", "gpu"),
 }
 
 
 def engine(name: str = "numpy") -> Engine:
     """The engine called `name`: "numpy" (the equations), "numba" (fast CPU) or "cupy" (NVIDIA GPU).
 
-    "cupy-tf32" is "cupy" with the factors of float32 products rounded to TF32.
+    "cupy-tf32" is "cupy" with the factors of float32 products rounded to TF32, "cupy-cudnn" with cuDNN's fused
+    attention.
 
     Raises
     ------

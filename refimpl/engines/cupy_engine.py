@@ -5,17 +5,22 @@ Ops are queued on the current stream and return at once; `to_numpy`, `elapsed_s`
 
 from __future__ import annotations
 
+import math
+
+from refimpl.engines.cuda import cudnn
 from refimpl.engines.cuda.attention import Attention
 from refimpl.engines.cuda.elementwise import Elementwise
+from refimpl.engines.cuda.filtered import Filtered
 from refimpl.engines.cuda.linear import LinearMaps
 from refimpl.engines.cuda.selection import Selection
 from refimpl.engines.cuda.stored import StoredMaps
+from refimpl.engines.protocol import Array
 from refimpl.errors import UnsupportedError
 
 TF32_CAPABILITY = 80  # compute capability 8.0, from which tensor cores have it
 
 
-class CupyEngine(LinearMaps, Elementwise, Attention, Selection, StoredMaps):
+class CupyEngine(LinearMaps, Elementwise, Attention, Filtered, Selection, StoredMaps):
     """The op vocabulary on the current CUDA device; an op that is in no family is the equation over CuPy arrays."""
 
     name = "cupy"
@@ -35,9 +40,36 @@ class CupyTf32Engine(CupyEngine):
 
     def __init__(self) -> None:
         super().__init__()
-        found = str(self.xp.cuda.Device().compute_capability)
-        if int(found) < TF32_CAPABILITY:
+        found = self.capability()
+        if found < TF32_CAPABILITY:
             raise UnsupportedError(
-                f"TF32 needs compute capability {TF32_CAPABILITY / 10}; {self.device_name()} has {int(found) / 10}: "
+                f"TF32 needs compute capability {TF32_CAPABILITY / 10}; {self.device_name()} has {found / 10}: "
                 "leave --tf32 away"
             )
+
+
+class CupyCudnnEngine(CupyEngine):
+    """The same with the fused `attention` of cuDNN: float16 without a mask; what cuDNN refuses is refused.
+
+    Raises
+    ------
+    MissingDependencyError
+        If cuDNN's Python frontend is not installed.
+    """
+
+    name = "cupy-cudnn"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._cudnn = cudnn.CudnnAttention(self.xp)
+
+    def attention(
+        self, q: Array, k: Array, v: Array, scale: float | None = None, causal: bool = False,
+        mask: Array | None = None,
+    ) -> Array:  # fmt: skip
+        if mask is not None:
+            raise UnsupportedError("cuDNN's attention is offered without a mask: take the engine cupy")
+        scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
+        out, _ = self._heads_last(q.shape[0], q.shape[1], q.shape[2], v)
+        self._cudnn(q, k, v, out, scale, causal)
+        return out

@@ -3,15 +3,14 @@
     python tests/bench/gpu_comparison.py --dtype float16 --seq 512,1024,2048,4096,8192
 
 First table: bytes that an op must move (`costmodel.ops`) per second, as a share of what a plain copy of an array of the
-same size reaches in the same run. Second table: `attention` against PyTorch's, on the same device memory through
-DLPack, where PyTorch is installed; the median ratio over pairs of neighbouring calls, and its 10th to 90th percentile.
-No line is printed before both results agree. Times are events on one stream.
+same size reaches in the same run. Then `attention` against PyTorch's and cuDNN's, where these are installed, on the
+same device memory (DLPack): the median ratio over pairs of neighbouring calls, and its 10th to 90th percentile. No line
+is printed before both results agree. Times are events on one stream.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,7 +20,7 @@ import numpy as np
 import refimpl
 from costmodel.ops import FORMULAS
 from refimpl.engines.protocol import SIZES
-from refimpl.errors import MissingDependencyError
+from refimpl.errors import EffrefError, MissingDependencyError
 
 Array = Any
 Case = tuple[str, tuple[Any, ...]]  # op and its arguments
@@ -97,50 +96,55 @@ def _print_memory_bound(engine: Any, options: argparse.Namespace) -> None:
 # --- fused attention ------------------------------------------------------------------------------------------------
 
 
-def _compare_attention(engine: Any, torch: Any, length: int, options: argparse.Namespace) -> np.ndarray:
-    """Seconds of both, shape (repeats, 2), for one length."""
-    rng = np.random.default_rng(0)
-    shape = (3, options.batch, options.heads, length, options.head_dim)
-    q, k, v = (engine.asarray(x) for x in rng.standard_normal(shape, dtype=np.float32).astype(options.dtype))
+def _torch_call(engine: Any, q: Array, k: Array, v: Array, causal: bool) -> Callable[[], Array]:
+    """PyTorch's attention of the same memory, on the engine's stream."""
+    import torch
+
     tensors = [torch.from_dlpack(x) for x in (q, k, v)]
-    scale = 1 / math.sqrt(options.head_dim)
     stream = torch.cuda.ExternalStream(engine.xp.cuda.get_current_stream().ptr)
 
-    def ours() -> Array:
-        return engine.attention(q, k, v, scale, options.causal)
-
-    def theirs() -> Any:
+    def call() -> Array:
         with torch.inference_mode(), torch.cuda.stream(stream):
-            return torch.nn.functional.scaled_dot_product_attention(*tensors, is_causal=options.causal)
+            out = torch.nn.functional.scaled_dot_product_attention(*tensors, is_causal=causal)
+        return engine.xp.from_dlpack(out)
 
-    found, expected = engine.to_numpy(ours()), engine.to_numpy(engine.xp.from_dlpack(theirs().contiguous()))
-    worst = float(np.abs(found.astype(np.float64) - expected).max())
-    if not worst < (5e-3 if options.dtype == "float16" else 1e-4):
-        raise SystemExit(f"results differ by {worst:.1e}; no timing is printed for a wrong result")
-    return _pairs(engine, ours, theirs, options.repeats)
+    return call
 
 
-def _print_attention(engine: Any, options: argparse.Namespace) -> None:
-    try:
-        import torch
-    except ImportError:
-        print("PyTorch is absent: fused attention is compared with nothing", file=sys.stderr)
-        return
-    print(f"\n{'T':>6} {'fused ms':>9} {'torch ms':>9} {'TFLOP/s':>8} {'ratio':>6}  p10-p90")
+def _cudnn_call(engine: Any, q: Array, k: Array, v: Array, causal: bool) -> Callable[[], Array]:
+    """cuDNN's, by the engine that offers it."""
+    other = refimpl.engine("cupy-cudnn")
+    return lambda: other.attention(q, k, v, causal=causal)
+
+
+OPPONENTS = {"PyTorch": _torch_call, "cuDNN": _cudnn_call}
+
+
+def _print_attention(engine: Any, name: str, options: argparse.Namespace) -> None:
+    print(f"\n{'T':>6} {'fused ms':>9} {name + ' ms':>10} {'TFLOP/s':>8} {'ratio':>6}  p10-p90")
     for length in map(int, options.seq.split(",")):
-        pairs = _compare_attention(engine, torch, length, options)
+        rng = np.random.default_rng(0)
+        shape = (3, options.batch, options.heads, length, options.head_dim)
+        q, k, v = (engine.asarray(x) for x in rng.standard_normal(shape, dtype=np.float32).astype(options.dtype))
+        theirs = OPPONENTS[name](engine, q, k, v, options.causal)
+
+        def ours(q: Array = q, k: Array = k, v: Array = v) -> Array:
+            return engine.attention(q, k, v, causal=options.causal)
+
+        worst = float(np.abs(engine.to_numpy(ours()).astype(np.float64) - engine.to_numpy(theirs())).max())
+        if not worst < (5e-3 if options.dtype == "float16" else 1e-4):
+            raise SystemExit(f"results differ by {worst:.1e}; no timing is printed for a wrong result")
+        pairs = _pairs(engine, ours, theirs, options.repeats)
         ours_s, theirs_s = np.median(pairs, axis=0)
         low, middle, high = np.percentile(pairs[:, 0] / pairs[:, 1], (10, 50, 90))
         visible = length * (length + 1) // 2 if options.causal else length**2
         rate = 4 * options.batch * options.heads * visible * options.head_dim / ours_s / 1e12
-        print(
-            f"{length:6} {1e3 * ours_s:9.3f} {1e3 * theirs_s:9.3f} {rate:8.1f} {middle:6.2f}  {low:.2f}-{high:.2f}",
-            flush=True,
-        )
+        times = f"{1e3 * ours_s:9.3f} {1e3 * theirs_s:10.3f}"
+        print(f"{length:6} {times} {rate:8.1f} {middle:6.2f}  {low:.2f}-{high:.2f}", flush=True)
 
 
 def main() -> int:
-    """Print both tables; 2 without a GPU."""
+    """Print the tables; 2 without a GPU."""
     options = _parse_arguments()
     try:
         engine: Any = refimpl.engine("cupy")
@@ -150,7 +154,11 @@ def main() -> int:
     shape = f"B={options.batch} H={options.heads} D={options.head_dim}"
     print(f"{engine.device_name()}, {options.dtype}, attention {shape}{' causal' if options.causal else ''}\n")
     _print_memory_bound(engine, options)
-    _print_attention(engine, options)
+    for name in OPPONENTS:
+        try:
+            _print_attention(engine, name, options)
+        except (ImportError, EffrefError) as error:
+            print(f"{name} is left out: {error}", file=sys.stderr)
     return 0
 
 

@@ -13,6 +13,7 @@ its honest error is that of float32 times the ratio of the two roundings.
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 import re
 import shutil
@@ -26,6 +27,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cuda_emulation import HostCupy
+from cupy_cases import (
+    DTYPES,
+    REFERENCE,
+    assert_close,
+    compare,
+    heads,
+    honest_errors,
+    in_dtype,
+    largest,
+    normal,
+    on_device,
+    some_mask,
+)  # fmt: skip
 from memo_data import listed
 from strategies import fits
 
@@ -35,126 +49,10 @@ from refimpl.engines import chunked, cuda
 from refimpl.engines.cuda import launch, shapes
 from refimpl.engines.cuda.launch import Source
 from refimpl.engines.cupy_engine import CupyEngine
-from refimpl.engines.numpy_engine import NumpyEngine
 from refimpl.errors import MissingDependencyError, ShapeError, UnsupportedError
 from refimpl.weights.layout import Weights
 
-DTYPES = ("float16", "float32", "float64")
-REFERENCE = NumpyEngine()
-
-# --- engines --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ to run the kernels on the CPU")
-    probe = ["g++", "-x", "c++", "-fsyntax-only", "-"]
-    if subprocess.run(probe, input="_Float16 x;", capture_output=True, text=True, check=False).returncode:
-        pytest.skip("this g++ has no _Float16, which stands for half here: version 13 has, on x86-64 also 12")
-    cupy = HostCupy(tmp_path_factory.mktemp("kernels"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "cupy", cupy)
-        return CupyEngine()
-
-
-@pytest.fixture(scope="session")
-def gpu():
-    """The one place that decides whether there is a GPU."""
-    try:
-        return CupyEngine()
-    except MissingDependencyError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
-def engine(request):
-    engine = request.getfixturevalue(request.param)
-    if request.param == "emulated":
-        engine.xp.guarded.clear()
-        engine.xp.allocated.clear()
-    return engine
-
-
-def on_device(engine, value):
-    if isinstance(value, tuple):
-        return tuple(on_device(engine, part) for part in value)
-    return engine.asarray(value) if isinstance(value, np.ndarray) else value
-
-
-def leaves(values):
-    """The arrays among values and tuples of them."""
-    for value in values:
-        if isinstance(value, tuple):
-            yield from leaves(value)
-        elif isinstance(value, np.ndarray):
-            yield value
-
-
-def cast(value, dtype):
-    if isinstance(value, tuple):
-        return tuple(cast(part, dtype) for part in value)
-    return value.astype(dtype) if isinstance(value, np.ndarray) and value.dtype.kind == "f" else value
-
-
-def in_dtype(dtype, function, *args, **kwargs):
-    with np.errstate(all="ignore"):  # float16 overflows in x^3, where its limit is right
-        return function(*(cast(a, dtype) for a in args), **kwargs)
-
-
-def flat(result):
-    return [np.asarray(part) for part in (result if isinstance(result, tuple) else (result,))]
-
-
-def honest_errors(dtype, function, *args, **kwargs):
-    """max|honest - truth| of each result, over what is finite."""
-    lower = np.float32 if dtype == np.float64 else dtype
-    args = [cast(a, lower) for a in args]
-    truth = flat(in_dtype(np.float64, function, *args, **kwargs))
-    honest = flat(in_dtype(lower, function, *args, **kwargs))
-    ratio = float(np.finfo(dtype).eps / np.finfo(lower).eps)
-    return [
-        ratio * largest(h.astype(np.float64)[np.isfinite(t)] - t[np.isfinite(t)])
-        for h, t in zip(honest, truth, strict=True)
-    ]
-
-
-def largest(x):
-    return float(np.abs(x).max(initial=0.0))
-
-
-def compare(engine, op, *args, **kwargs):
-    """Assert the rule for one call, and that dtype, shape and inputs are what they should be."""
-    given = [on_device(engine, a) for a in args]
-    fast = getattr(engine, op)(*given, **{name: on_device(engine, a) for name, a in kwargs.items()})
-    fast = [engine.to_numpy(part) for part in (fast if isinstance(fast, tuple) else (fast,))]
-    for before, after in zip(args, given, strict=True):
-        if isinstance(before, np.ndarray):
-            np.testing.assert_array_equal(engine.to_numpy(after), before, f"{op} changed an input")
-    dtype = fast[0].dtype
-    truth = flat(in_dtype(np.float64, getattr(REFERENCE, op), *args, **kwargs))
-    errors = honest_errors(dtype, getattr(REFERENCE, op), *args, **kwargs)
-    for f, t, error in zip(fast, truth, errors, strict=True):
-        assert f.dtype == next(a for a in leaves(args) if a.dtype.kind == "f").dtype or f.dtype.kind == "i"
-        assert f.shape == t.shape
-        assert_close(f, t, error, op)
-
-
-def assert_close(fast, truth, honest_error, what):
-    finite = np.isfinite(truth)
-    np.testing.assert_array_equal(np.isnan(fast), np.isnan(truth), f"{what}: NaN in other places")
-    np.testing.assert_array_equal(fast[~finite].astype(truth.dtype), truth[~finite], f"{what}: other infinities")
-    bound = 2 * honest_error + 2 * float(np.finfo(fast.dtype).eps) * largest(truth[finite])
-    error = largest(fast[finite].astype(np.float64) - truth[finite])
-    assert error <= bound, f"{what}: error {error:.3g} beyond {bound:.3g}"
-
-
 # --- ops ------------------------------------------------------------------------------------------------------------
-
-
-def normal(dtype, *shape, size=1.0, seed=0):
-    rng = np.random.default_rng([seed, *shape])
-    return (size * rng.standard_normal(shape)).astype(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -336,19 +234,6 @@ SHAPES = [
 ]  # fmt: skip
 
 
-def heads(dtype, shape, size=1.0):
-    batch, count, groups, q_len, k_len, width = shape
-    q = normal(dtype, batch, count, q_len, width, size=size)
-    return q, normal(dtype, batch, groups, k_len, width, seed=1), normal(dtype, batch, groups, k_len, width, seed=2)
-
-
-def some_mask(shape, seed=0):
-    batch, count, _, q_len, k_len, _ = shape
-    mask = np.random.default_rng(seed).random((batch, count, q_len, k_len)) < 0.7
-    mask[:, :, :1, :] = False  # a query that sees nothing
-    return mask
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
@@ -368,6 +253,7 @@ def test_attention_is_accurate(engine, shape, causal, masked, dtype, monkeypatch
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize(("rows", "scratch"), [(4, 64 << 20), (128, 400), (3, 5000)])
 def test_attention_is_the_same_in_every_blocking(engine, rows, scratch, causal, dtype, monkeypatch):
+    monkeypatch.setattr(CupyEngine, "_fused_by_kernel", lambda *_: None)
     monkeypatch.setattr(shapes, "BLOCK_ROWS", rows)
     monkeypatch.setattr(shapes, "SCRATCH_BYTES", scratch)
     for shape in [(2, 4, 2, 13, 13, 6), (3, 2, 2, 9, 4, 5)]:
@@ -378,6 +264,7 @@ def test_attention_is_the_same_in_every_blocking(engine, rows, scratch, causal, 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("window", [0, 3, 20])
 def test_a_band_is_accurate_in_every_blocking(engine, window, causal, dtype, monkeypatch):
+    monkeypatch.setattr(CupyEngine, "_fused_by_kernel", lambda *_: None)
     monkeypatch.setattr(shapes, "BLOCK_ROWS", 4)
     for shape in [(2, 4, 2, 13, 13, 6), (2, 4, 4, 13, 13, 6), (1, 2, 2, 4, 19, 5)]:
         q, k, v = heads(dtype, shape)
@@ -977,11 +864,22 @@ def test_sources_compile_for_the_device(source, dtype, tmp_path):
     if not shutil.which("ptxas"):
         pytest.skip("compiled; no ptxas to assemble the kernels")
     (tmp_path / "kernels.ptx").write_text(text)
-    done = subprocess.run(
-        ["ptxas", "-v", f"-arch=sm_{source.capability}", "kernels.ptx", "-o", "kernels.cubin"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert not [n for n in re.findall(r"(\d+) bytes spill", done.stderr) if n != "0"]
-    assert max(map(int, re.findall(r"Used (\d+) registers", done.stderr))) * shapes.THREADS <= 65_536
-    assert max(map(int, re.findall(r"(\d+) bytes smem", done.stderr)), default=0) <= 48 << 10
+    for arch in {source.capability, 90} if source.capability >= 80 else {source.capability}:  # an H100 is 9.0
+        done = subprocess.run(
+            ["ptxas", "-v", f"-arch=sm_{arch}", "kernels.ptx", "-o", "kernels.cubin"],
+            cwd=tmp_path, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert not [n for n in re.findall(r"(\d+) bytes spill", done.stderr) if n != "0"], done.stderr
+        threads = _threads(text)
+        for name, registers in re.findall(
+            r"Compiling entry function '(\w+)'.*?Used (\d+) registers", done.stderr, re.S
+        ):
+            assert int(registers) * threads[name] <= 65_536, f"{name}: {registers} registers, {threads[name]} threads"
+        assert max(map(int, re.findall(r"(\d+) bytes smem", done.stderr)), default=0) <= 48 << 10
+
+
+def _threads(text):
+    """The most threads of a block of each kernel: what its launch bounds say, else those of a walk along rows."""
+    found = re.findall(r"\.entry (\w+)\([^)]*\)\s*(?:\.maxntid (\d+)(?:, (\d+), (\d+))?)?", text)
+    return {name: math.prod(int(n or 1) for n in bounds) if bounds[0] else shapes.THREADS for name, *bounds in found}

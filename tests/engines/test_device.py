@@ -14,6 +14,7 @@ from simulated_gpu import L2_BYTES, SimulatedCupy, SimulatedGpu
 
 import refimpl
 from refimpl.config import override, preset
+from refimpl.engines.numpy_engine import NumpyEngine
 from refimpl.errors import ConfigError, EffrefError, MissingDependencyError, UnsupportedError
 from refimpl.model import Runner
 from refimpl.weights import load_model
@@ -210,7 +211,6 @@ def test_the_cache_is_overwritten_by_a_buffer_twice_its_size(device) -> None:
 )
 def test_tf32_is_for_float32_of_the_engine_that_is_asked_for_it(monkeypatch, tmp_path, name, computes) -> None:
     cupy, seen = HostCupy(tmp_path), []
-    cupy.cuda.Device = lambda: types.SimpleNamespace(compute_capability="80")
     cupy.cuda.cublas.CUBLAS_COMPUTE_32F_FAST_TF32 = 77
     monkeypatch.setattr(cupy.cuda.cublas, "gemmStridedBatchedEx", lambda *given: seen.append(given[-2]))
     monkeypatch.setitem(sys.modules, "cupy", cupy)
@@ -222,8 +222,35 @@ def test_tf32_is_for_float32_of_the_engine_that_is_asked_for_it(monkeypatch, tmp
 
 def test_tf32_needs_tensor_cores_that_have_it(monkeypatch, tmp_path) -> None:
     cupy = HostCupy(tmp_path)
-    cupy.cuda.Device = lambda: types.SimpleNamespace(compute_capability="75", id=0)
+    cupy.cuda.runtime.getDeviceProperties = lambda device: {"name": b"emulated", "major": 7, "minor": 5}
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     with pytest.raises(UnsupportedError, match=r"needs compute capability 8\.0; emulated has 7\.5"):
         refimpl.engine("cupy-tf32")
     assert refimpl.engine("cupy").name == "cupy"
+
+
+# --- cuDNN ------------------------------------------------------------------------------------------------------------
+
+
+def test_cudnn_computes_unmasked_attention_of_its_engine_alone(monkeypatch, tmp_path) -> None:
+    calls = []
+
+    class Stand:
+        def __init__(self, xp) -> None:
+            self.xp = xp
+
+        def __call__(self, q, k, v, out, scale, causal) -> None:
+            calls.append((scale, causal))
+            out[...] = NumpyEngine().attention(q, k, v, scale, causal)
+
+    monkeypatch.setattr("refimpl.engines.cuda.cudnn.CudnnAttention", Stand)
+    monkeypatch.setitem(sys.modules, "cupy", HostCupy(tmp_path))
+    engine: Any = refimpl.engine("cupy-cudnn")
+    q, k, v = (engine.asarray(np.ones((1, heads, 3, 4), np.float16)) for heads in (4, 2, 2))
+    out = engine.attention(q, k, v, causal=True)
+    np.testing.assert_array_equal(out, np.ones((1, 4, 3, 4), np.float16))
+    assert calls == [(0.5, True)]
+    assert engine.merge_heads(out).data.ptr == out.data.ptr
+    with pytest.raises(UnsupportedError, match="mask"):
+        engine.attention(q, k, v, mask=np.ones((1, 1, 1, 3), bool))
+    assert refimpl.engine("cupy").attention.__func__ is not engine.attention.__func__

@@ -7,12 +7,12 @@ but a NaN or infinite value at a hidden key reaches the rows of its block (0 tim
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from refimpl.engines.chunked import chunked_linear_attention
 from refimpl.engines.cuda import shapes
+from refimpl.engines.cuda.fused import FusedAttention
 from refimpl.engines.cuda.launch import Source, dtype_of
-from refimpl.engines.cuda.products import Products
+from refimpl.engines.cuda.selection import LongRows, is_long
 from refimpl.engines.cuda.shapes import (
     WIDE,
     as_map,
@@ -34,7 +34,7 @@ from refimpl.errors import ShapeError
 MAPS = Source("maps.cu", ("relative<T>", "hide<T>", "softmax<T, T>", "softmax<A, T>"))  # a fused op's scores are wide
 
 
-class Attention(Products):
+class Attention(FusedAttention, LongRows):
     """Stacks of products have the batch axes (B, Hkv, G), G = H / Hkv query heads on one key head."""
 
     def scores(self, q: Array, k: Array, scale: float, causal: bool = False, mask: Array | None = None) -> Array:
@@ -59,6 +59,8 @@ class Attention(Products):
         return out
 
     def softmax(self, scores: Array, causal: bool = False) -> Array:
+        if not causal and is_long(math.prod(scores.shape[:3]), scores.shape[3]):
+            return self._long_softmax(scores)
         out = self.xp.empty(scores.shape, scores.dtype)
         self._softmax(scores, out, *visible(scores, causal), None)
         return out
@@ -125,6 +127,17 @@ class Attention(Products):
         self, q: Array, k: Array, v: Array, scale: float, causal: bool, mask: Array | None,
         position: tuple[Array, Array] | None = None, window: int | None = None,
     ) -> Array:  # fmt: skip
+        """Attention by a kernel that never writes the map, or by blocks of the map."""
+        if position is None:
+            out = self._fused_by_kernel(q, k, v, scale, causal, mask, window)
+            if out is not None:
+                return out
+        return self._by_blocks(q, k, v, scale, causal, mask, position, window)
+
+    def _by_blocks(
+        self, q: Array, k: Array, v: Array, scale: float, causal: bool, mask: Array | None,
+        position: tuple[Array, Array] | None, window: int | None,
+    ) -> Array:  # fmt: skip
         """Attention by blocks: scores of a few rows, their softmax, their product with the values.
 
         Within a band, a block of rows meets the keys that any of them sees; those that one row does not see are masked.
@@ -188,7 +201,7 @@ class Attention(Products):
     def _hide_keys(self, s: Array, causal: bool, mask: Array | None) -> None:
         batch, heads, block, keys = s.shape
         rows = batch * heads * block
-        pointer, *masked = self._mask(s, mask)
+        pointer, masked = self._mask_of(s.shape, s, mask)
         sizes = rows, keys, heads, block, *visible(s, causal), *masked
         self._launch(MAPS, "hide<T>", s, rows_by_columns(rows, keys), s, pointer, *sizes)
 
@@ -203,7 +216,7 @@ class Attention(Products):
     def _softmax(self, scores: Array, out: Array, seen: int, step: int, mask: Array | None) -> None:
         scores = self._unit_columns(scores)
         batch, heads, block, keys = scores.shape
-        pointer, *masked = self._mask(scores, mask)
+        pointer, masked = self._mask_of(scores.shape, scores, mask)
         shape = block_per_row(batch * heads * block, keys)
         kernel = "softmax<T, T>" if scores.dtype == out.dtype else "softmax<A, T>"
         sizes = keys, heads, block, seen, step, *element_strides(scores)[:3], *masked
@@ -213,10 +226,3 @@ class Attention(Products):
         """A contiguous copy in which row i keeps its first i columns; zeros elsewhere."""
         kept = self.xp.arange(weights.shape[-1]) < self.xp.arange(weights.shape[-2])[:, None]
         return self.xp.where(kept, weights, weights.dtype.type(0))
-
-    def _mask(self, scores: Array, mask: Array | None) -> tuple[Any, ...]:
-        """A kernel's mask arguments: its array, 1 and its strides; any array, 0 and zeros where there is none."""
-        if mask is None:
-            return scores, 0, 0, 0, 0, 0
-        mask = self.xp.broadcast_to(mask if mask.dtype == bool else mask != 0, scores.shape)
-        return mask, 1, *element_strides(mask)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,18 @@ class Device(NumpyEngine):
         """The GPU's name, such as "NVIDIA H100 80GB HBM3"."""
         name = self.xp.cuda.runtime.getDeviceProperties(self.xp.cuda.Device().id)["name"]
         return name.decode() if isinstance(name, bytes) else str(name)
+
+    @cached_property
+    def _properties(self) -> dict[str, Any]:
+        return dict(self.xp.cuda.runtime.getDeviceProperties(self.xp.cuda.Device().id))
+
+    def capability(self) -> int:
+        """The compute capability that kernels are chosen by: 90 for 9.0."""
+        return int(10 * self._properties["major"] + self._properties["minor"])
+
+    def multiprocessors(self) -> int:
+        """How many blocks can run at once, at least."""
+        return int(self._properties["multiProcessorCount"])
 
     def bus_id(self) -> str:
         """Where the GPU is on the PCI bus, by which NVIDIA's management library knows it."""

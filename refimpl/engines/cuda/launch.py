@@ -18,6 +18,7 @@ from refimpl.errors import ShapeError, UnsupportedError
 
 FOLDER = Path(__file__).parent
 OPTIONS = ("--std=c++17",)
+DEFAULT_SHARED_BYTES = 48 << 10  # of a block, on every device
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,15 @@ class Source:
         Those that it is for.
     capability : int
         The least compute capability of a device that can run it: 80 is 8.0.
+    apart : bool
+        Compile each kernel when it is first used, not all of them: where they are many or large.
     """
 
     file: str
     kernels: tuple[str, ...]
     dtypes: tuple[str, ...] = tuple(C_TYPES)
     capability: int = 75
+    apart: bool = False
 
     @property
     def text(self) -> str:
@@ -83,7 +87,7 @@ class Launcher(Device):
 
     def __init__(self) -> None:
         super().__init__()
-        self._modules: dict[tuple[str, str], Any] = {}
+        self._modules: dict[tuple[tuple[str, ...], str], Any] = {}
         self._kernels: dict[tuple[str, str, str], Any] = {}
 
     def _launch(self, source: Source, kernel: str, x: Array, shape: Launch, *arguments: Any) -> None:
@@ -92,16 +96,20 @@ class Launcher(Device):
             return
         function = self._kernel(source, kernel, dtype_of(x))
         given = tuple(kernel_argument(argument) for argument in arguments)
+        if shape.shared_bytes > DEFAULT_SHARED_BYTES:  # more has to be asked for
+            function.max_dynamic_shared_size_bytes = shape.shared_bytes
         function(shape.grid, shape.block, given, shared_mem=shape.shared_bytes)
 
     def _kernel(self, source: Source, kernel: str, dtype: str) -> Any:
         key = source.file, kernel, dtype
         if key not in self._kernels:
-            if (source.file, dtype) not in self._modules:
-                self._modules[source.file, dtype] = self.xp.RawModule(
-                    code=source.text, options=OPTIONS, name_expressions=source.instances(dtype)
+            name = instance(kernel, dtype)
+            names = (name,) if source.apart else source.instances(dtype)
+            if (names, dtype) not in self._modules:
+                self._modules[names, dtype] = self.xp.RawModule(
+                    code=source.text, options=OPTIONS, name_expressions=names
                 )
-            self._kernels[key] = self._modules[source.file, dtype].get_function(instance(kernel, dtype))
+            self._kernels[key] = self._modules[names, dtype].get_function(name)
         return self._kernels[key]
 
     def _rows(self, x: Array) -> tuple[Array, int, int, int]:

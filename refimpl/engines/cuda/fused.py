@@ -1,0 +1,103 @@
+"""Fused attention by kernels that never write the map: tiles on tensor cores, ranges of keys for few queries."""
+
+from __future__ import annotations
+
+import math
+
+from refimpl.engines.cuda import plans
+from refimpl.engines.cuda.launch import Source, dtype_of
+from refimpl.engines.cuda.products import Products
+from refimpl.engines.cuda.shapes import WIDE, Launch, batch_strides, element_strides
+from refimpl.engines.protocol import Array
+
+TENSOR = Source(
+    "fused_attention.cu",
+    tuple(f"fused<{width}, {stripes}>" for width in plans.TENSOR_WIDTHS for stripes in (1, 2)),
+    dtypes=("float16",),
+    capability=80,
+    apart=True,
+)
+DECODE = Source(
+    "decode_attention.cu",
+    (
+        *(f"decode<T, A, {width}, {rows}>" for width in plans.DECODE_WIDTHS for rows in plans.DECODE_ROWS),
+        "combine<T, A>",
+    ),
+    apart=True,
+)
+LOG2_E = 1.4426950408889634  # 1 / ln 2
+
+
+class FusedAttention(Products):
+    """One kernel for `attention` and `local_attention` where there is one for these arrays on this device."""
+
+    def _fused_by_kernel(
+        self, q: Array, k: Array, v: Array, scale: float, causal: bool, mask: Array | None, window: int | None
+    ) -> Array | None:
+        """The result (B, H, Tq, D), which lies in memory as (B, Tq, H, D); None where no kernel takes the call."""
+        (batch, heads, q_len, width), k_len = q.shape, k.shape[2]
+        if not (math.isfinite(scale) and scale != 0.0 and q.dtype == k.dtype == v.dtype and k.shape == v.shape):
+            return None
+        if max(q_len, k_len) >= plans.FAR or 0 in (batch, heads, q_len):
+            return None
+        dtype, seen = dtype_of(q), plans.band(q_len, k_len, causal, window)
+        ranges = plans.decode_ranges(
+            batch, heads, k.shape[1], q_len, k_len, width, q.dtype.itemsize, seen, self.multiprocessors()
+        )
+        if ranges is not None:
+            return self._by_ranges(ranges, q, k, v, scale, seen, mask)
+        if dtype == "float16" and self.capability() >= TENSOR.capability:
+            tiles = plans.tensor_tiles(batch, heads, q_len, width, self.multiprocessors())
+            if tiles is not None:
+                return self._by_tiles(tiles, q if scale > 0 else -q, k, v, abs(scale), seen, mask)
+        return None
+
+    def _by_tiles(
+        self, tiles: plans.Tiles, q: Array, k: Array, v: Array, scale: float, seen: tuple[int, int], mask: Array | None
+    ) -> Array:
+        q, k, v = (self._vector_rows(x) for x in (q, k, v))
+        out, pointer, masked = self._out_like(q), *self._mask_of((*q.shape[:3], k.shape[2]), q, mask)
+        sizes = k.shape[1], q.shape[2], k.shape[2], q.shape[3], *seen, scale * LOG2_E
+        strides = self._strides(q, k, v, out)
+        self._launch(TENSOR, tiles.kernel, q, tiles.launch, q, k, v, out, pointer, *sizes, *strides, *masked)
+        return out
+
+    def _by_ranges(
+        self, ranges: plans.Ranges, q: Array, k: Array, v: Array, scale: float, seen: tuple[int, int],
+        mask: Array | None,
+    ) -> Array:  # fmt: skip
+        batch, heads, q_len, width = q.shape
+        q, k, v = self._unit_columns(q), self._vector_rows(k), self._vector_rows(v)
+        out, pointer, masked = self._out_like(q), *self._mask_of((*q.shape[:3], k.shape[2]), q, mask)
+        partial = out  # one range needs none
+        if ranges.count > 1:
+            partial = self.xp.empty((batch, heads, q_len, ranges.count, width + 2), WIDE[dtype_of(q)])
+        sizes = heads, k.shape[1], q_len, width, *seen, ranges.first, ranges.stop, ranges.share, float(scale)
+        strides = self._strides(q, k, v, out)
+        self._launch(DECODE, ranges.kernel, q, ranges.launch, q, k, v, out, pointer, partial, *sizes, *strides, *masked)
+        if ranges.count > 1:
+            shape = Launch((batch * heads * q_len,), (4 * plans.WARP,))
+            counts = heads, q_len, width, ranges.count
+            self._launch(DECODE, "combine<T, A>", q, shape, partial, out, *counts, *element_strides(out)[:3])
+        return out
+
+    def _out_like(self, q: Array) -> Array:
+        """Room for (B, H, T, D) that lies in memory as (B, T, H, D), so that `merge_heads` need not copy."""
+        batch, heads, q_len, width = q.shape
+        return self.xp.empty((batch, q_len, heads, width), q.dtype).transpose(0, 2, 1, 3)
+
+    def _strides(self, *arrays: Array) -> tuple[int, ...]:
+        """Of each array those of batch, head and row; 0 for a batch of one."""
+        return tuple(s for x in arrays for s in (*batch_strides(x, x.shape[:1]), *element_strides(x)[1:3]))
+
+    def _vector_rows(self, x: Array) -> Array:
+        """x with rows that are read 16 bytes at a time; a copy where they cannot be."""
+        fits = plans.aligned(x.data.ptr, element_strides(x), x.dtype.itemsize)
+        return x if fits else self.xp.ascontiguousarray(x)
+
+    def _mask_of(self, shape: tuple[int, ...], other: Array, mask: Array | None) -> tuple[Array, tuple[int, ...]]:
+        """A kernel's mask arguments: its array, 1 and its strides; any array, 0 and zeros where there is none."""
+        if mask is None:
+            return other, (0, 0, 0, 0, 0)
+        mask = self.xp.broadcast_to(mask if mask.dtype == bool else mask != 0, shape)
+        return mask, (1, *element_strides(mask))

@@ -1,0 +1,18 @@
+// Several numbers of a row that one instruction moves.
+#pragma once
+
+template <typename T, int N> struct alignas(sizeof(T) * N) Pack { T at[N]; };
+
+template <int N, typename T> __device__ Pack<T, N> load(const T* from) {
+    return *reinterpret_cast<const Pack<T, N>*>(from);
+}
+template <int N, typename T> __device__ void store(T* to, const Pack<T, N>& pack) {
+    *reinterpret_cast<Pack<T, N>*>(to) = pack;
+}
+
+const unsigned WARP = 0xffffffff;  // all lanes
+
+template <typename A> __device__ A warp_sum(A value) {
+    for (int by = 16; by; by /= 2) value += __shfl_xor_sync(WARP, value, by);
+    return value;
+}
