@@ -308,6 +308,11 @@ def test_calibration_finds_the_constants_of_the_device(effref, monkeypatch, cach
     assert "cupy, " in effref("calibrate", *words, "--seconds", "0.1").stdout
 
 
+def test_bandwidths_that_the_clock_does_not_tell_are_left_to_the_passes(cupy, monkeypatch) -> None:
+    monkeypatch.setattr(cupy.cuda, "get_elapsed_time", lambda start, stop: 0.5)
+    assert calibration.bandwidths(SimulatedGpu(), "float32") == {}
+
+
 def test_calibration_takes_what_fits(cupy) -> None:
     few = calibration.fitting("float32", 3 << 30)
     assert few[: len(calibration.CELLS)] == calibration.CELLS
@@ -350,8 +355,9 @@ def test_presets_are_priced_at_tf32_where_it_is_asked_for(effref, name) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("measure --tf32", "--tf32 is for products on a GPU: add --device gpu"),
-        ("measure --tf32 --engine numba", "--tf32 is for products on a GPU"),
+        ("measure --tf32", "--tf32 is for products of the engine 'cupy': add --device gpu"),
+        ("measure --tf32 --engine numba", "of the engine 'cupy'"),
+        ("measure --tf32 --engine cupy-cudnn", "of the engine 'cupy'"),
         ("measure --tf32 --device gpu --dtype float16", "the dtype is float16"),
         ("calibrate --engine cupy-tf32 --dtype float64", "the dtype is float64"),
         ("estimate --tf32 --device gpu --hardware l4", "no peak for TF32; these have: h100-sxm"),
