@@ -16,6 +16,7 @@ from effref.context import _gpus, available_bytes, gpu_name
 from simulated_gpu import FAR_BYTES_PER_S, L2_BYTES, LAUNCH_S, NEAR_BYTES_PER_S, OVERHEAD_S, SimulatedCupy, SimulatedGpu
 
 from refimpl.engines import ENGINES
+from refimpl.engines.numpy_engine import NumpyEngine
 from refimpl.errors import UnsupportedError
 
 from .conftest import TINY, error_of, profile
@@ -119,6 +120,33 @@ def test_what_was_measured_is_kept_when_memory_runs_out(on_gpu, monkeypatch, err
 def test_memory_that_runs_out_before_the_first_result(on_gpu, monkeypatch, error) -> None:
     failing_at(monkeypatch, 1, error)
     assert "the memory of the GPU ran out: lower --seq" in error_of(on_gpu("measure", *RUN, "--seq", "8"))
+
+
+def test_a_sweep_leaves_out_what_memory_ran_out_for(on_gpu, monkeypatch, tmp_path) -> None:
+    failing_at(monkeypatch, 32, SHORTAGES[0])
+    grid, rows = tmp_path / "grid.toml", tmp_path / "rows.csv"
+    sizes = "layers = [1]\nd_model = [16]\nheads = [2]\nd_ff = [16]"
+    grid.write_text(f"[model]\nname = 'bert-base'\n{sizes}\n[workload]\nseq = [8, 32]\n[method.dense]\n")
+    result = on_gpu("sweep", str(grid), "--device", "gpu", "--mode", "measure", "--output", str(rows))
+    assert result.exit_code == 0, result.stderr
+    assert len(rows.read_text().splitlines()) == 2  # the names of the columns, and the length that fits
+    assert "the memory of the GPU ran out" in result.stderr
+
+
+def test_the_memory_of_the_machine_may_run_out_too(effref, monkeypatch) -> None:
+    original = NumpyEngine.softmax
+
+    def softmax(self: Any, scores: Any, *rest: Any, **named: Any) -> Any:
+        if scores.shape[2] >= 32:
+            raise MemoryError
+        return original(self, scores, *rest, **named)
+
+    monkeypatch.setattr(NumpyEngine, "softmax", softmax)
+    words = ["--engine", "numpy", "--hardware", "xeon-8480", "--seq", "8,32", "--method", "dense", "--repeats", "1"]
+    result = effref("measure", *TINY, *words)
+    assert result.exit_code == 2
+    assert "effref: error: memory ran out before all was measured: lower --seq" in result.stderr
+    assert "T=8" in result.stdout
 
 
 def test_other_errors_are_no_shortage(on_gpu, monkeypatch) -> None:
