@@ -214,7 +214,8 @@ def bandwidths(gpu: Any, dtype: str) -> dict[str, float]:
             short, long = (_adds_s(gpu, x, y, count) for count in ADDS)
         except UnsupportedError:  # the fit has to do with what passes tell
             return {}
-        found[name] = (ADDS[1] - ADDS[0]) * 3 * x.nbytes / (long - short)
+        if long > short:  # else the clock does not tell them apart
+            found[name] = (ADDS[1] - ADDS[0]) * 3 * x.nbytes / (long - short)
     return found
 
 

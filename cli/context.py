@@ -34,7 +34,9 @@ def context(threads: int) -> dict[str, Any]:
 
 def completed(document: Mapping[str, Any], threads: int) -> dict[str, Any]:
     """A result with its whole ``context``; what a measurement put there stays."""
-    return {**document, "context": {**context(threads), **document.get("context", {})}}
+    found = {**context(threads), **document.get("context", {})}
+    found["gpu"] = found["gpu"] or found.get("gpu_state", {}).get("name")  # where the driver lists no names
+    return {**document, "context": found}
 
 
 def cache_root() -> Path:

@@ -379,16 +379,14 @@ class Bench:
             self.runner.engine.clear_cache()  # type: ignore[attr-defined]  # of the GPU's engine, as was checked
 
     def _record_graphs(self, length: int) -> None:
-        """A graph of the pass of each method; behind the same cached positions whenever it is replayed."""
+        """A graph of the pass of each method, behind what its new cache holds whenever it is replayed."""
         for name in self.methods:
             self.progress.advance(f"{self._place(length)}, recording {name}", 0.0)
-            inputs, cache = self.inputs[length].array, self.caches.get(name)
-            if cache is not None:
-                cache.truncate(length if self.request.decodes else 0)
+            inputs = self.inputs[length].array
             new = self._split(inputs, length)[1] if self.request.decodes else inputs
             try:
                 self.graphs[name] = self.runner.recorded(
-                    new, self.ready[name, length], causal=self.request.causal, cache=cache
+                    new, self.ready[name, length], causal=self.request.causal, cache=self.caches.get(name)
                 )
             except UnsupportedError as error:
                 raise UnsupportedError(f"{name}: {error}") from error

@@ -128,7 +128,7 @@ def engine_options(command: F) -> F:
     def chosen(*arguments: Any, device: str | None, engine: str | None, tf32: bool, **given: Any) -> Any:
         if tf32:
             if device_and_engine(device, engine)[1] not in (DEFAULT_ENGINE["gpu"], TF32):
-                raise ConfigError("--tf32 is for products on a GPU: add --device gpu, or leave it away")
+                raise ConfigError("--tf32 is for products of the engine 'cupy': add --device gpu, or leave it away")
             engine = TF32
         return command(*arguments, device=device, engine=engine, **given)
 

@@ -16,6 +16,7 @@ from effref.context import _gpus, available_bytes, gpu_name
 from simulated_gpu import FAR_BYTES_PER_S, L2_BYTES, LAUNCH_S, NEAR_BYTES_PER_S, OVERHEAD_S, SimulatedCupy, SimulatedGpu
 
 from refimpl.engines import ENGINES
+from refimpl.engines.numpy_engine import NumpyEngine
 from refimpl.errors import UnsupportedError
 
 from .conftest import TINY, error_of, profile
@@ -66,7 +67,7 @@ def test_crossover_looks_up_to_what_fits(on_gpu, cupy) -> None:
 
 def test_processes_that_hold_the_memory_are_named(on_gpu, cupy, nvml) -> None:
     cupy.free = 1000
-    nvml.compute = [process(os.getpid(), 1 << 30), process(2**22 + 1, 3 << 30), process(os.getppid(), 70 << 30)]
+    nvml.compute = [process(os.getpid(), 5 << 30), process(2**22 + 1, 3 << 30), process(os.getppid(), 70 << 30)]
     nvml.graphics = [process(2**22 + 2, None), process(2**22 + 3, 1 << 20)]  # not told; too little for a word
     said = error_of(on_gpu("measure", *RUN, "--seq", "64"))
     import psutil
@@ -119,6 +120,33 @@ def test_what_was_measured_is_kept_when_memory_runs_out(on_gpu, monkeypatch, err
 def test_memory_that_runs_out_before_the_first_result(on_gpu, monkeypatch, error) -> None:
     failing_at(monkeypatch, 1, error)
     assert "the memory of the GPU ran out: lower --seq" in error_of(on_gpu("measure", *RUN, "--seq", "8"))
+
+
+def test_a_sweep_leaves_out_what_memory_ran_out_for(on_gpu, monkeypatch, tmp_path) -> None:
+    failing_at(monkeypatch, 32, SHORTAGES[0])
+    grid, rows = tmp_path / "grid.toml", tmp_path / "rows.csv"
+    sizes = "layers = [1]\nd_model = [16]\nheads = [2]\nd_ff = [16]"
+    grid.write_text(f"[model]\nname = 'bert-base'\n{sizes}\n[workload]\nseq = [8, 32]\n[method.dense]\n")
+    result = on_gpu("sweep", str(grid), "--device", "gpu", "--mode", "measure", "--output", str(rows))
+    assert result.exit_code == 0, result.stderr
+    assert len(rows.read_text().splitlines()) == 2  # the names of the columns, and the length that fits
+    assert "the memory of the GPU ran out" in result.stderr
+
+
+def test_the_memory_of_the_machine_may_run_out_too(effref, monkeypatch) -> None:
+    original = NumpyEngine.softmax
+
+    def softmax(self: Any, scores: Any, *rest: Any, **named: Any) -> Any:
+        if scores.shape[2] >= 32:
+            raise MemoryError
+        return original(self, scores, *rest, **named)
+
+    monkeypatch.setattr(NumpyEngine, "softmax", softmax)
+    words = ["--engine", "numpy", "--hardware", "xeon-8480", "--seq", "8,32", "--method", "dense", "--repeats", "1"]
+    result = effref("measure", *TINY, *words)
+    assert result.exit_code == 2
+    assert "effref: error: memory ran out before all was measured: lower --seq" in result.stderr
+    assert "T=8" in result.stdout
 
 
 def test_other_errors_are_no_shortage(on_gpu, monkeypatch) -> None:
@@ -308,6 +336,11 @@ def test_calibration_finds_the_constants_of_the_device(effref, monkeypatch, cach
     assert "cupy, " in effref("calibrate", *words, "--seconds", "0.1").stdout
 
 
+def test_bandwidths_that_the_clock_does_not_tell_are_left_to_the_passes(cupy, monkeypatch) -> None:
+    monkeypatch.setattr(cupy.cuda, "get_elapsed_time", lambda start, stop: 0.5)
+    assert calibration.bandwidths(SimulatedGpu(), "float32") == {}
+
+
 def test_calibration_takes_what_fits(cupy) -> None:
     few = calibration.fitting("float32", 3 << 30)
     assert few[: len(calibration.CELLS)] == calibration.CELLS
@@ -350,8 +383,9 @@ def test_presets_are_priced_at_tf32_where_it_is_asked_for(effref, name) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("measure --tf32", "--tf32 is for products on a GPU: add --device gpu"),
-        ("measure --tf32 --engine numba", "--tf32 is for products on a GPU"),
+        ("measure --tf32", "--tf32 is for products of the engine 'cupy': add --device gpu"),
+        ("measure --tf32 --engine numba", "of the engine 'cupy'"),
+        ("measure --tf32 --engine cupy-cudnn", "of the engine 'cupy'"),
         ("measure --tf32 --device gpu --dtype float16", "the dtype is float16"),
         ("calibrate --engine cupy-tf32 --dtype float64", "the dtype is float64"),
         ("estimate --tf32 --device gpu --hardware l4", "no peak for TF32; these have: h100-sxm"),
@@ -476,6 +510,13 @@ def test_the_state_of_the_gpu_is_in_the_context(on_gpu, nvml) -> None:
     assert state["mean_power_w"] > 0
     assert state["throttled_s"] == {"power": 0.0, "thermal": 0.0}
     assert nvml.sessions == 0  # each one was closed
+
+
+def test_the_gpu_has_a_name_where_the_driver_lists_none(on_gpu, nvml, monkeypatch) -> None:
+    from effref import context
+
+    monkeypatch.setattr(context, "gpu_name", lambda: None)
+    assert measured(on_gpu)["context"]["gpu"] == "NVIDIA Simulated"
 
 
 @pytest.mark.parametrize(

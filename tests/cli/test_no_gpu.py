@@ -106,7 +106,9 @@ def words(tmp_path: Path):
 @pytest.mark.parametrize("chosen", ["--device gpu", "--engine cupy"])
 @pytest.mark.parametrize("name", RUNS)
 def test_what_runs_on_a_gpu_says_that_there_is_none(effref, words, said, tmp_path, name, chosen) -> None:
-    assert said in error_of(effref(*words(RUNS[name]), *chosen.split()))
+    result = effref(*words(RUNS[name]), *chosen.split())
+    assert said in error_of(result)
+    assert result.stderr.count("\n") == 1  # nothing was announced before
     assert not (tmp_path / "rows.csv").exists()  # nothing was begun
 
 
