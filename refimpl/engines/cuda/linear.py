@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 
-from refimpl.engines.cuda.elementwise import ELEMENTWISE
+from refimpl.engines.cuda.launch import Source
 from refimpl.engines.cuda.products import Products
-from refimpl.engines.cuda.shapes import rows_by_columns
+from refimpl.engines.cuda.rows import RowKernels, packed
+from refimpl.engines.cuda.tiles import RUN
 from refimpl.engines.protocol import Array
 from refimpl.errors import ShapeError
 
+CONVOLUTIONS = Source("convolutions.cu", packed("depthwise<T, V>", "windows<T, V>"))
 
-class LinearMaps(Products):
+
+class LinearMaps(Products, RowKernels):
     """`linear` and what is made of it."""
 
     def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
@@ -36,19 +39,21 @@ class LinearMaps(Products):
         (batch, length, d_in), (d_out, kernel, _) = x.shape, weight.shape
         if weight.shape[2] != d_in:
             raise ShapeError(f"x has shape {x.shape}; the weight {weight.shape} needs rows of {weight.shape[2]}")
-        steps = -(-length // stride)
-        windows = self.xp.empty((batch, steps, kernel * d_in), x.dtype)
+        steps, wide = -(-length // stride), kernel * d_in
+        windows = self.xp.empty((batch, steps, wide), x.dtype)
         x, _, _, row = self._rows(x)
-        shape = rows_by_columns(batch * steps, kernel * d_in)
-        self._launch(
-            ELEMENTWISE, "windows<T>", x, shape, x, windows, batch * steps, d_in, row, length, steps, kernel, stride
-        )
-        return self.linear(windows, weight.reshape(d_out, kernel * d_in), bias)
+        arrays = (x, math.gcd(row, d_in)), (windows, wide)  # a pack lies within one tap
+        self._tiled(CONVOLUTIONS, "windows<T, V>", batch * steps, wide, arrays, row, d_in, length, steps, stride)
+        return self.linear(windows, weight.reshape(d_out, wide), bias)
 
     def depthwise_conv(self, x: Array, weight: Array, bias: Array) -> Array:
-        kernel, width = weight.shape[0], x.shape[-1]
-        operands = self._operand(x, weight, (kernel, width)), self._operand(x, bias, (width,))
-        return self._by_rows(ELEMENTWISE, "depthwise<T>", x, operands, x.shape[1], kernel)
+        (batch, length, width), kernel = x.shape, weight.shape[0]
+        weight, bias = self._operand(x, weight, (kernel, width)), self._operand(x, bias, (width,))
+        x, _, _, stride = self._rows(x)
+        out = self.xp.empty(x.shape, x.dtype)
+        runs, arrays = batch * -(-length // RUN), ((x, stride), (weight, width), (bias, width), (out, width))
+        self._tiled(CONVOLUTIONS, "depthwise<T, V>", runs, width, arrays, stride, length, kernel, rows_each=1)
+        return out
 
     def block_linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
         blocks, d_out, d_in = weight.shape
