@@ -29,7 +29,7 @@ template <typename T, int V> struct Added {
 
 // Ops add, layer_norm of the sum.
 template <typename T, int V, int P>
-__global__ void __launch_bounds__(1024) kernel_add_layer_norm(
+__global__ void __launch_bounds__(1024, 1) kernel_add_layer_norm(
     const T* x, const T* y, T* total, const T* weight, const T* bias, T* out,
     Index rows, Index width, Index stride, Index period, double scale, double eps
 ) {
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(1024) kernel_add_layer_norm(
 
 // Ops add, rms_norm of the sum.
 template <typename T, int V, int P>
-__global__ void __launch_bounds__(1024) kernel_add_rms_norm(
+__global__ void __launch_bounds__(1024, 1) kernel_add_rms_norm(
     const T* x, const T* y, T* total, const T* weight, T* out,
     Index rows, Index width, Index stride, Index period, double scale, double eps
 ) {

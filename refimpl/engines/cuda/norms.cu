@@ -7,7 +7,7 @@
 
 // Op layer_norm of the reference.
 template <typename T, int V, int P>
-__global__ void __launch_bounds__(1024) kernel_layer_norm(
+__global__ void __launch_bounds__(1024, 1) kernel_layer_norm(
     const T* x, const T* weight, const T* bias, T* out, Index rows, Index width, Index stride, double eps
 ) {
     const Index r = this_row();
@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(1024) kernel_layer_norm(
 
 // Op rms_norm of the reference.
 template <typename T, int V, int P>
-__global__ void __launch_bounds__(1024) kernel_rms_norm(
+__global__ void __launch_bounds__(1024, 1) kernel_rms_norm(
     const T* x, const T* weight, T* out, Index rows, Index width, Index stride, double eps
 ) {
     const Index r = this_row();
