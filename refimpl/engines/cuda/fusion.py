@@ -145,8 +145,8 @@ class Fusion(Elementwise, LinearMaps):
         columns = product.shape[-1]
         bias, rows = self._operand(product, bias, (columns,)), math.prod(product.shape[:-1])
         if op in ACTIVATIONS:
-            arrays = (product, columns), (bias, columns)
-            self._tiled(FUSION, f"bias_activation<T, V, {ACTIVATIONS[op]}>", rows, columns, arrays)
+            kernel = f"bias_activation<T, V, {ACTIVATIONS[op]}>"
+            self._tiled(FUSION, kernel, rows, columns, ((product, columns), (bias, columns)))
             return product
         width = columns // 2
         out = self.xp.empty((*product.shape[:-1], width), product.dtype)
