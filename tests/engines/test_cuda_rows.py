@@ -137,6 +137,7 @@ def test_names_of_kernels():
 OPS = {
     "layer_norm": (2, (1e-5,)), "rms_norm": (1, (1e-5,)), "batch_norm": (4, (1e-5,)), "add": (1, (0.5,)),
     "gelu": (0, ()), "gelu_tanh": (0, ()), "silu": (0, ()), "relu": (0, ()), "glu": (0, ()),
+    "elu_plus_one": (0, ()),
 }  # fmt: skip
 
 
@@ -180,7 +181,7 @@ def test_a_thread_may_have_several_rows(engine, op, dtype, monkeypatch):
     monkeypatch.setattr(tiles, "FULL", 1)
     monkeypatch.setattr(shapes, "THREADS", 32)
     count, scalars = OPS[op]
-    for row_count, width in ((9, 16 * PACK[dtype]), (23, 6), (5, 2 * 40 * PACK[dtype])):
+    for row_count, width in ((15, 16 * PACK[dtype]), (31, 6), (7, 2 * 40 * PACK[dtype])):
         columns = [np.abs(normal(dtype, width, seed=i)) for i in range(count)]
         compare(engine, op, normal(dtype, row_count, width), *columns, *scalars)
     if op == "add":
@@ -212,6 +213,32 @@ def test_gates_read_halves_that_begin_within_a_pack(engine, launched, dtype):
         compare(engine, "glu", x)
         compare_views(engine, "swiglu", [engine.asarray(x)[:, :width], engine.asarray(x)[:, width:]])
         assert [", V" in name for name in launched[-2:]] == [packed, packed]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_a_table_are_copied(engine, launched, dtype):
+    ids = np.array([[0, 10, 3, 3], [7, 1, 10, 0]])
+    for width in (2 * PACK[dtype], 5):
+        compare(engine, "embedding", normal(dtype, 11, width), ids)
+    assert launched == ["gather<T, V>", "gather<T, 1>"]
+    table, ids = normal(dtype, 11, 16), np.array([[0, 3], [8, 8]], np.int32)
+    found = engine.embedding(view(engine, table, 1)[2:], engine.asarray(ids))
+    np.testing.assert_array_equal(engine.to_numpy(found), table[2:][ids])
+    assert launched[-1] == "gather<T, 1>"
+
+
+def test_a_row_that_is_not_there_is_nan(engine):
+    table, ids = engine.asarray(normal("float32", 3, 8)), engine.asarray(np.array([2, 3, -1]))
+    missing = np.isnan(engine.to_numpy(engine.embedding(table, ids)))
+    np.testing.assert_array_equal(missing, [[False] * 8, [True] * 8, [True] * 8])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_bias_fills_what_the_product_is_added_to(engine, launched, dtype):
+    for d_out in (3 * PACK[dtype], 7):
+        x, weight, bias = normal(dtype, 2, 3, 8), normal(dtype, d_out, 8), normal(dtype, d_out, size=4.0)
+        compare(engine, "linear", x, weight, bias)
+    assert launched == ["repeat<T, V>", "repeat<T, 1>"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -249,4 +276,4 @@ def test_windows_of_packs_are_accurate(engine, launched, dtype):
     for width in (2 * PACK[dtype], 5):
         weight = normal(dtype, 5, 3, width, size=0.3)
         compare(engine, "conv1d", normal(dtype, 2, 9, width), weight, normal(dtype, 5), 2)
-    assert launched == ["windows<T, V>", "windows<T, 1>"]
+    assert [name for name in launched if name.startswith("windows")] == ["windows<T, V>", "windows<T, 1>"]

@@ -1,4 +1,5 @@
-// Activations F: F::of<T>(x) computes in Wide<T> for arrays of T. Ops gelu, gelu_tanh, silu, relu of the reference.
+// Activations F: F::of<T>(x) computes in Wide<T> for arrays of T. Ops gelu, gelu_tanh, silu, relu, elu_plus_one of the
+// reference.
 #pragma once
 #include "prelude.cuh"
 #include "reduce.cuh"
@@ -33,4 +34,7 @@ struct Silu {
 };
 struct Relu {
     template <typename T, typename A> __device__ static A of(A x) { return larger(x, A(0)); }
+};
+struct EluPlusOne {
+    template <typename T, typename A> __device__ static A of(A x) { return x > 0 ? x + 1 : Quick<T>::exponential(x); }
 };

@@ -7,7 +7,7 @@
 #include "tiles.cuh"
 
 // x (rows, width), rows `stride` apart -> F of it (rows, width).
-// Ops gelu, gelu_tanh, silu, relu of the reference.
+// Ops gelu, gelu_tanh, silu, relu, elu_plus_one of the reference.
 template <typename T, int V, typename F>
 __global__ void kernel_activation(const T* x, T* out, Index rows, Index width, Index stride) {
     typedef typename Wide<T>::type A;
@@ -52,6 +52,37 @@ __global__ void kernel_add(
     }
     const A factor = A(scale);
     tile.write(out, width, [&](int i, int j) { return fma(factor, A(other[i].v[j]), A(held[i].v[j])); });
+}
+
+// Rows of a table by number; NaN where there is no such row.
+// table (count, width), rows `stride` apart, ids (rows,) -> out (rows, width).
+// Op embedding of the reference.
+template <typename T, int V>
+__global__ void kernel_gather(
+    const T* table, const Index* ids, T* out, Index rows, Index width, Index stride, Index count
+) {
+    const Tile<T, V> tile(rows, width);
+    Pack<T, V> held[ROWS];
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+        if (tile.at(i) >= tile.rows) break;
+        const Index id = ids[tile.at(i)];
+        if (id >= 0 && id < count) {
+            held[i] = load<V>(table + id * stride + tile.column);
+        } else {
+#pragma unroll
+            for (int j = 0; j < V; ++j) held[i].v[j] = T(__int_as_float(0x7fc00000));
+        }
+    }
+    tile.write(out, width, [&](int i, int j) { return held[i].v[j]; });
+}
+
+// The same row everywhere: row (width,) -> out (rows, width). What a product with a bias is added to.
+template <typename T, int V> __global__ void kernel_repeat(const T* row, T* out, Index rows, Index width) {
+    const Tile<T, V> tile(rows, width);
+    if (tile.at(0) >= tile.rows) return;
+    const Pack<T, V> held = load<V>(row + tile.column);
+    tile.write(out, width, [&](int, int j) { return held.v[j]; });
 }
 
 // (x - mean) / sqrt(variance + eps) * weight + bias with stored statistics.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from importlib import import_module
 
+import numpy as np
+
 from refimpl.engines.cuda.launch import Source
 from refimpl.engines.cuda.rows import RowKernels, held, packed
 from refimpl.engines.cuda.shapes import element_strides
@@ -16,6 +18,7 @@ ELEMENTWISE = Source(
     packed(
         "gate<T, V>", "add<T, V>", "batch_norm<T, V>", "rotary<T, V>", "activation<T, V, Gelu>",
         "activation<T, V, GeluTanh>", "activation<T, V, Silu>", "activation<T, V, Relu>",
+        "activation<T, V, EluPlusOne>", "gather<T, V>", "repeat<T, V>",
     ),
 )  # fmt: skip
 NORMS = Source("norms.cu", held("layer_norm<T, V, P>", "rms_norm<T, V, P>"))
@@ -95,8 +98,15 @@ class Elementwise(RowKernels):
         return out
 
     def elu_plus_one(self, x: Array) -> Array:
-        zero = x.dtype.type(0)
-        return self.xp.exp(self.xp.minimum(x, zero)) + self.xp.maximum(x, zero)
+        return self._elementwise(ELEMENTWISE, "activation<T, V, EluPlusOne>", x)
+
+    def embedding(self, table: Array, ids: Array) -> Array:
+        table, count, width, stride = self._rows(table)
+        ids = self.xp.ascontiguousarray(ids.astype(np.int64, copy=False))
+        out = self.xp.empty((*ids.shape, width), table.dtype)
+        arrays = (table, stride), (ids, 0), (out, width)
+        self._tiled(ELEMENTWISE, "gather<T, V>", ids.size, width, arrays, stride, count)
+        return out
 
     def erf(self, x: Array) -> Array:
         return import_module("cupyx.scipy.special").erf(x)

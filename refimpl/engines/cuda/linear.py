@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+from refimpl.engines.cuda.elementwise import ELEMENTWISE
 from refimpl.engines.cuda.launch import Source
 from refimpl.engines.cuda.products import Products
 from refimpl.engines.cuda.rows import RowKernels, packed
@@ -24,11 +25,15 @@ class LinearMaps(Products, RowKernels):
             raise ShapeError(f"x has shape {x.shape}; the weight {weight.shape} needs rows of {d_in}")
         out = self.xp.empty((*x.shape[:-1], d_out), x.dtype)
         if bias is not None:
-            out[...] = self._operand(x, bias, (d_out,))  # the product is added to it
+            self._repeat(self._operand(x, bias, (d_out,)), out)  # the product is added to it
         self._multiply(
             x.reshape(rows, d_in), weight, out.reshape(rows, d_out), transposed=True, beta=float(bias is not None)
         )
         return out
+
+    def _repeat(self, row: Array, out: Array) -> None:
+        rows, width = math.prod(out.shape[:-1]), out.shape[-1]
+        self._tiled(ELEMENTWISE, "repeat<T, V>", rows, width, ((row, width), (out, width)))
 
     def project(self, x: Array, weight: Array, bias: Array | None, widths: tuple[int, ...]) -> tuple[Array, ...]:
         y = self.linear(x, weight, bias)  # (..., sum of widths); the parts are views of it
@@ -61,7 +66,7 @@ class LinearMaps(Products, RowKernels):
             raise ShapeError(f"x has shape {x.shape}; the weight {weight.shape} needs rows of {blocks * d_in}")
         out = self.xp.empty((*x.shape[:-1], blocks * d_out), x.dtype)
         if bias is not None:
-            out[...] = self._operand(x, bias, (blocks * d_out,))  # the products are added to it
+            self._repeat(self._operand(x, bias, (blocks * d_out,)), out)  # the products are added to it
         rows = math.prod(x.shape[:-1])
         parts = x.reshape(rows, blocks, d_in).transpose(1, 0, 2)  # (n, rows, q)
         products = out.reshape(rows, blocks, d_out).transpose(1, 0, 2)  # (n, rows, p)
