@@ -301,11 +301,11 @@ def test_fetch_gathers_from_the_host_and_from_the_device_alike(engine, monkeypat
 def test_a_database_on_the_device_goes_with_its_records(engine, monkeypatch):
     monkeypatch.setattr(engine, "free_bytes", lambda: 1 << 20)
     records = Records(normal("float32", 2, 4))
-    before = len(engine._held)
+    before = len(engine._resident)
     engine.hold_records(records)
-    assert len(engine._held) == before + 1
+    assert len(engine._resident) == before + 1
     del records
-    assert len(engine._held) == before
+    assert len(engine._resident) == before
 
 
 def test_memory_that_is_being_sent_is_not_written_to(engine, monkeypatch):

@@ -1,142 +1,156 @@
-// Elementwise ops and convolutions: rows by columns.
-#include "prelude.cuh"
-#include "reduce.cuh"
+// Elementwise ops. Each thread has one pack of columns in up to ROWS rows: `tiles.cuh`.
+//
+// Budget: bound by memory. Per element every kernel reads its operands once and writes its result once; operands of one
+// row (batch_norm, angles) come from the caches. At most 64 registers, so that 4 blocks of 256 threads share a
+// multiprocessor with 64 bytes of every thread under way.
+#include "activations.cuh"
+#include "tiles.cuh"
 
-// Activations F: gelu, gelu_tanh, silu, relu.
-// x (rows, width), rows `stride` apart -> out (rows, width).
-// Ops gelu, gelu_tanh, silu, relu of the reference.
-struct Gelu {
-    template <typename A> __device__ static A of(A x) { return A(0.5) * x * (1 + erf(x * A(0.70710678118654752440))); }
-};
-struct GeluTanh {
-    template <typename A> __device__ static A of(A x) {
-        return A(0.5) * x * (1 + tanh(A(0.79788456080286535588) * (x + A(0.044715) * x * x * x)));
-    }
-};
-struct Silu {
-    template <typename A> __device__ static A of(A x) { return x / (1 + exp(-x)); }
-};
-struct Relu {
-    template <typename A> __device__ static A of(A x) { return larger(x, A(0)); }
-};
-
-template <typename T, typename F>
+// x (rows, width), rows `stride` apart -> F of it (rows, width).
+// Ops gelu, gelu_tanh, silu, relu, elu_plus_one of the reference.
+template <typename T, int V, typename F>
 __global__ void kernel_activation(const T* x, T* out, Index rows, Index width, Index stride) {
     typedef typename Wide<T>::type A;
-    Index row = this_row();
-    if (row >= rows) return;
-    for (Index c = threadIdx.x; c < width; c += blockDim.x) {
-        out[row * width + c] = T(F::of(A(x[row * stride + c])));
-    }
+    const Tile<T, V> tile(rows, width);
+    Pack<T, V> held[ROWS];
+    tile.read(held, x, stride);
+    tile.write(out, width, [&](int i, int j) { return F::template of<T>(A(held[i].v[j])); });
 }
 
 // Gated products: a / (1 + exp(-b)) (glu), and silu(b) * a (swiglu) where `swish`.
 // a, b (rows, width), rows their strides apart -> out (rows, width).
 // Ops glu and swiglu of the reference.
-template <typename T>
+template <typename T, int V>
 __global__ void kernel_gate(
     const T* a, const T* b, T* out, Index rows, Index width, Index a_stride, Index b_stride, Index swish
 ) {
     typedef typename Wide<T>::type A;
-    Index row = this_row();
-    if (row >= rows) return;
-    for (Index c = threadIdx.x; c < width; c += blockDim.x) {
-        A value = A(a[row * a_stride + c]), gate = A(b[row * b_stride + c]);
-        A open = 1 + exp(-gate);
-        out[row * width + c] = T(swish ? gate / open * value : value / open);
-    }
+    const Tile<T, V> tile(rows, width);
+    Pack<T, V> values[ROWS], gates[ROWS];
+    tile.read(values, a, a_stride);
+    tile.read(gates, b, b_stride);
+    tile.write(out, width, [&](int i, int j) {
+        const A value = A(values[i].v[j]), gate = A(gates[i].v[j]);
+        return swish ? gated<T>(gate, gate) * value : gated<T>(value, gate);
+    });
 }
 
 // x + scale * y, y repeated every `period` rows.
 // x (rows, width), rows `stride` apart, y (period, width) -> out (rows, width).
 // Op add of the reference.
-template <typename T>
+template <typename T, int V>
 __global__ void kernel_add(
     const T* x, const T* y, T* out, Index rows, Index width, Index stride, Index period, double scale
 ) {
     typedef typename Wide<T>::type A;
-    Index row = this_row();
-    if (row >= rows) return;
-    Index other = row % period;
-    for (Index c = threadIdx.x; c < width; c += blockDim.x) {
-        out[row * width + c] = T(A(x[row * stride + c]) + A(scale) * A(y[other * width + c]));
+    const Tile<T, V> tile(rows, width);
+    Pack<T, V> held[ROWS], other[ROWS];
+    tile.read(held, x, stride);
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+        if (tile.at(i) < tile.rows) other[i] = load<V>(y + tile.at(i) % int(period) * width + tile.column);
     }
+    const A factor = A(scale);
+    tile.write(out, width, [&](int i, int j) { return fma(factor, A(other[i].v[j]), A(held[i].v[j])); });
+}
+
+// Rows of a table by number; NaN where there is no such row.
+// table (count, width), rows `stride` apart, ids (rows,) -> out (rows, width).
+// Op embedding of the reference.
+template <typename T, int V>
+__global__ void kernel_gather(
+    const T* table, const Index* ids, T* out, Index rows, Index width, Index stride, Index count
+) {
+    const Tile<T, V> tile(rows, width);
+    Pack<T, V> held[ROWS];
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+        if (tile.at(i) >= tile.rows) break;
+        const Index id = ids[tile.at(i)];
+        if (id >= 0 && id < count) {
+            held[i] = load<V>(table + id * stride + tile.column);
+        } else {
+#pragma unroll
+            for (int j = 0; j < V; ++j) held[i].v[j] = T(__int_as_float(0x7fc00000));
+        }
+    }
+    tile.write(out, width, [&](int i, int j) { return held[i].v[j]; });
+}
+
+// The same row everywhere: row (width,) -> out (rows, width). What a product with a bias is added to.
+template <typename T, int V> __global__ void kernel_repeat(const T* row, T* out, Index rows, Index width) {
+    const Tile<T, V> tile(rows, width);
+    if (tile.at(0) >= tile.rows) return;
+    const Pack<T, V> held = load<V>(row + tile.column);
+    tile.write(out, width, [&](int, int j) { return held.v[j]; });
 }
 
 // (x - mean) / sqrt(variance + eps) * weight + bias with stored statistics.
 // x (rows, width), rows `stride` apart, mean, variance, weight, bias (width,) -> out (rows, width).
-// Op batch_norm of the reference.
-template <typename T>
+// Op batch_norm of the reference. The factor of a column is computed once for the rows of a tile.
+template <typename T, int V>
 __global__ void kernel_batch_norm(
     const T* x, const T* mean, const T* variance, const T* weight, const T* bias, T* out,
     Index rows, Index width, Index stride, double eps
 ) {
     typedef typename Wide<T>::type A;
-    Index row = this_row();
-    if (row >= rows) return;
-    for (Index c = threadIdx.x; c < width; c += blockDim.x) {
-        A centred = A(x[row * stride + c]) - A(mean[c]);
-        out[row * width + c] = T(centred / sqrt(A(variance[c]) + A(eps)) * A(weight[c]) + A(bias[c]));
-    }
+    const Tile<T, V> tile(rows, width);
+    if (tile.at(0) >= tile.rows) return;
+    Pack<T, V> held[ROWS];
+    tile.read(held, x, stride);
+    const Pack<T, V> centre = load<V>(mean + tile.column), spread = load<V>(variance + tile.column);
+    const Pack<T, V> gain = load<V>(weight + tile.column), shift = load<V>(bias + tile.column);
+    A factor[V];
+#pragma unroll
+    for (int j = 0; j < V; ++j) factor[j] = A(gain.v[j]) / sqrt(A(spread.v[j]) + A(eps));
+    tile.write(out, width, [&](int i, int j) {
+        return fma(A(held[i].v[j]) - A(centre.v[j]), factor[j], A(shift.v[j]));
+    });
 }
 
-// One filter per channel along time, zero-padded to keep the length.
-// x (B, length, width), rows `stride` apart, weight (kernel, width), bias (width,) -> out (B, length, width).
-// Op depthwise_conv of the reference.
-template <typename T>
-__global__ void kernel_depthwise(
-    const T* x, const T* weight, const T* bias, T* out,
-    Index rows, Index width, Index stride, Index length, Index kernel
-) {
-    typedef typename Wide<T>::type A;
-    Index row = this_row();
-    if (row >= rows) return;
-    Index shift = row % length - (kernel - 1) / 2, first = row - row % length;  // time of tap 0; row of time 0
-    for (Index c = threadIdx.x; c < width; c += blockDim.x) {
-        A sum = A(bias[c]);
-        for (Index tap = 0; tap < kernel; ++tap) {
-            Index time = shift + tap;
-            if (time >= 0 && time < length) sum += A(x[(first + time) * stride + c]) * A(weight[tap * width + c]);
-        }
-        out[row * width + c] = T(sum);
+// Two packs (a0 b0 a1 b1 ...) as (a0 a1 ...) and (b0 b1 ...), and back.
+template <typename T, int V> __device__ void unravel(Pack<T, V>& first, Pack<T, V>& second) {
+    const Pack<T, V> one = first, other = second;
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+        first.v[j] = 2 * j < V ? one.v[2 * j % V] : other.v[2 * j % V];
+        second.v[j] = 2 * j + 1 < V ? one.v[(2 * j + 1) % V] : other.v[(2 * j + 1) % V];
     }
 }
-
-// The inputs that one output of a convolution reads, side by side, zero outside (im2col).
-// x (B, length, width), rows `stride` apart -> out (B, steps, kernel width), step s centred on time s * hop.
-// conv1d of the reference is the product of these windows and the weights.
-template <typename T>
-__global__ void kernel_windows(
-    const T* x, T* out, Index rows, Index width, Index stride, Index length, Index steps, Index kernel, Index hop
-) {
-    Index row = this_row();
-    if (row >= rows) return;
-    Index shift = row % steps * hop - (kernel - 1) / 2, first = row / steps * length;
-    for (Index c = threadIdx.x; c < kernel * width; c += blockDim.x) {
-        Index tap = c / width, time = shift + tap;
-        bool inside = time >= 0 && time < length;
-        out[row * kernel * width + c] = inside ? x[(first + time) * stride + c - tap * width] : T(0.0f);
+template <typename T, int V> __device__ void ravel(Pack<T, V>& first, Pack<T, V>& second) {
+    const Pack<T, V> a = first, b = second;
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+        first.v[j] = j % 2 ? b.v[j / 2] : a.v[j / 2];
+        second.v[j] = (V + j) % 2 ? b.v[(V + j) / 2] : a.v[(V + j) / 2];
     }
 }
 
 // Rotate pairs of channels: (2i, 2i + 1) when interleaved, else (i, i + half).
 // x (B, heads, length, 2 half) by strides, cosine and sine (length, half) -> out like x, contiguous.
-// Op rotary of the reference.
-template <typename T>
+// Op rotary of the reference. A thread has V pairs of one row: two packs, neighbours or half a row apart.
+template <typename T, int V>
 __global__ void kernel_rotary(
     const T* x, const T* cosine, const T* sine, T* out, Index rows, Index half, Index heads, Index length,
     Index batch_stride, Index head_stride, Index row_stride, Index interleaved
 ) {
     typedef typename Wide<T>::type A;
-    Index row = this_row();
-    if (row >= rows) return;
-    Index time = row % length, map = row / length;
-    const T* from = x + map / heads * batch_stride + map % heads * head_stride + time * row_stride;
-    T* to = out + row * 2 * half;
-    for (Index i = threadIdx.x; i < half; i += blockDim.x) {
-        Index first = interleaved ? 2 * i : i, second = interleaved ? 2 * i + 1 : i + half;
-        A a = A(from[first]), b = A(from[second]), c = A(cosine[time * half + i]), s = A(sine[time * half + i]);
-        to[first] = T(a * c - b * s);
-        to[second] = T(a * s + b * c);
+    const Tile<T, V> tile(rows, half);
+    if (tile.at(0) >= tile.rows) return;
+    const int time = tile.row % int(length), map = tile.row / int(length), i = tile.column;
+    const int one = interleaved ? 2 * i : i, other = interleaved ? 2 * i + V : i + int(half);
+    const T* from = x + map / int(heads) * batch_stride + map % int(heads) * head_stride + time * row_stride;
+    T* to = out + tile.row * 2 * half;
+    Pack<T, V> first = load<V>(from + one), second = load<V>(from + other);
+    const Pack<T, V> c = load<V>(cosine + time * half + i), s = load<V>(sine + time * half + i);
+    if (interleaved) unravel(first, second);  // the first of each pair, and the second
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+        const A a = A(first.v[j]), b = A(second.v[j]);
+        first.v[j] = T(a * A(c.v[j]) - b * A(s.v[j]));
+        second.v[j] = T(a * A(s.v[j]) + b * A(c.v[j]));
     }
+    if (interleaved) ravel(first, second);
+    store(to + one, first);
+    store(to + other, second);
 }

@@ -5,59 +5,67 @@ from __future__ import annotations
 import math
 from importlib import import_module
 
-from refimpl.engines.cuda.launch import Launcher, Source
-from refimpl.engines.cuda.shapes import block_per_row, element_strides, rows_by_columns
+import numpy as np
+
+from refimpl.engines.cuda.launch import Source
+from refimpl.engines.cuda.rows import RowKernels, held, packed
+from refimpl.engines.cuda.shapes import element_strides
 from refimpl.engines.protocol import Array
 from refimpl.errors import ShapeError
 
 ELEMENTWISE = Source(
     "elementwise.cu",
-    (
-        "gate<T>", "add<T>", "batch_norm<T>", "depthwise<T>", "windows<T>", "rotary<T>",
-        "activation<T, Gelu>", "activation<T, GeluTanh>", "activation<T, Silu>", "activation<T, Relu>",
+    packed(
+        "gate<T, V>", "add<T, V>", "batch_norm<T, V>", "rotary<T, V>", "activation<T, V, Gelu>",
+        "activation<T, V, GeluTanh>", "activation<T, V, Silu>", "activation<T, V, Relu>",
+        "activation<T, V, EluPlusOne>", "gather<T, V>", "repeat<T, V>",
     ),
 )  # fmt: skip
-NORMS = Source("norms.cu", ("layer_norm<T>", "rms_norm<T>"))
+NORMS = Source("norms.cu", held("layer_norm<T, V, P>", "rms_norm<T, V, P>"))
 
 
-class Elementwise(Launcher):
+class Elementwise(RowKernels):
     """Ops on single elements and on rows."""
 
     def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
-        return self._norm("layer_norm<T>", x, (weight, bias), eps)
+        return self._norm("layer_norm<T, V, P>", x, (weight, bias), eps)
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
-        return self._norm("rms_norm<T>", x, (weight,), eps)
+        return self._norm("rms_norm<T, V, P>", x, (weight,), eps)
 
     def batch_norm(self, x: Array, mean: Array, variance: Array, weight: Array, bias: Array, eps: float) -> Array:
-        operands = tuple(self._operand(x, y, x.shape[-1:]) for y in (mean, variance, weight, bias))
-        return self._by_rows(ELEMENTWISE, "batch_norm<T>", x, operands, float(eps))
+        columns = tuple(self._operand(x, y, x.shape[-1:]) for y in (mean, variance, weight, bias))
+        return self._elementwise(ELEMENTWISE, "batch_norm<T, V>", x, columns, float(eps))
 
-    def _norm(self, kernel: str, x: Array, operands: tuple[Array, ...], eps: float) -> Array:
-        operands = tuple(self._operand(x, y, x.shape[-1:]) for y in operands)
+    def _norm(self, kernel: str, x: Array, columns: tuple[Array, ...], eps: float) -> Array:
+        columns = tuple(self._operand(x, y, x.shape[-1:]) for y in columns)
         x, rows, width, stride = self._rows(x)
         out = self.xp.empty(x.shape, x.dtype)
-        self._launch(NORMS, kernel, x, block_per_row(rows, width), x, *operands, out, width, stride, float(eps))
+        arrays = (x, stride), *((y, width) for y in columns), (out, width)
+        self._held(NORMS, kernel, rows, width, arrays, stride, float(eps))
         return out
 
     def add(self, x: Array, y: Array, scale: float = 1.0) -> Array:
+        y, period = self._repeated(x, y)
+        return self._elementwise(ELEMENTWISE, "add<T, V>", x, (y,), period, float(scale))
+
+    def _repeated(self, x: Array, y: Array) -> tuple[Array, int]:
+        """y, which broadcasts to x, as rows that repeat, and the number of them."""
         if y.ndim == 0 or y.shape != x.shape[-y.ndim :]:
             y = self.xp.broadcast_to(y, x.shape)
-        y = self._operand(x, y, y.shape)
-        period = max(1, math.prod(y.shape[:-1]))
-        return self._by_rows(ELEMENTWISE, "add<T>", x, (y,), period, float(scale))
+        return self._operand(x, y, y.shape), max(1, math.prod(y.shape[:-1]))
 
     def gelu(self, x: Array) -> Array:
-        return self._by_rows(ELEMENTWISE, "activation<T, Gelu>", x)
+        return self._elementwise(ELEMENTWISE, "activation<T, V, Gelu>", x)
 
     def gelu_tanh(self, x: Array) -> Array:
-        return self._by_rows(ELEMENTWISE, "activation<T, GeluTanh>", x)
+        return self._elementwise(ELEMENTWISE, "activation<T, V, GeluTanh>", x)
 
     def silu(self, x: Array) -> Array:
-        return self._by_rows(ELEMENTWISE, "activation<T, Silu>", x)
+        return self._elementwise(ELEMENTWISE, "activation<T, V, Silu>", x)
 
     def relu(self, x: Array) -> Array:
-        return self._by_rows(ELEMENTWISE, "activation<T, Relu>", x)
+        return self._elementwise(ELEMENTWISE, "activation<T, V, Relu>", x)
 
     def glu(self, x: Array) -> Array:
         half = x.shape[-1] // 2
@@ -72,10 +80,8 @@ class Elementwise(Launcher):
         value, rows, width, stride = self._rows(value)
         gate, _, _, gate_stride = self._rows(gate)
         out = self.xp.empty(value.shape, value.dtype)
-        shape = rows_by_columns(rows, width)
-        self._launch(
-            ELEMENTWISE, "gate<T>", value, shape, value, gate, out, rows, width, stride, gate_stride, int(swish)
-        )
+        arrays = (value, stride), (gate, gate_stride), (out, width)
+        self._tiled(ELEMENTWISE, "gate<T, V>", rows, width, arrays, stride, gate_stride, int(swish))
         return out
 
     def rotary(self, x: Array, cos: Array, sin: Array, interleaved: bool) -> Array:
@@ -84,13 +90,23 @@ class Elementwise(Launcher):
         cos, sin = self._operand(x, cos, (length, half)), self._operand(x, sin, (length, half))
         x = self._unit_columns(x)
         out = self.xp.empty(x.shape, x.dtype)
-        sizes = rows, half, heads, length, *element_strides(x)[:3], int(interleaved)
-        self._launch(ELEMENTWISE, "rotary<T>", x, rows_by_columns(rows, half), x, cos, sin, out, *sizes)
+        *strides, _ = element_strides(x)
+        apart = math.gcd(*strides)  # what divides it divides every stride
+        arrays = (x, apart), (cos, half), (sin, half), (out, half)
+        sizes = heads, length, *strides, int(interleaved)
+        self._tiled(ELEMENTWISE, "rotary<T, V>", rows, half, arrays, *sizes, rows_each=1)
         return out
 
     def elu_plus_one(self, x: Array) -> Array:
-        zero = x.dtype.type(0)
-        return self.xp.exp(self.xp.minimum(x, zero)) + self.xp.maximum(x, zero)
+        return self._elementwise(ELEMENTWISE, "activation<T, V, EluPlusOne>", x)
+
+    def embedding(self, table: Array, ids: Array) -> Array:
+        table, count, width, stride = self._rows(table)
+        ids = self.xp.ascontiguousarray(ids.astype(np.int64, copy=False))
+        out = self.xp.empty((*ids.shape, width), table.dtype)
+        arrays = (table, stride), (ids, 0), (out, width)
+        self._tiled(ELEMENTWISE, "gather<T, V>", ids.size, width, arrays, stride, count)
+        return out
 
     def erf(self, x: Array) -> Array:
         return import_module("cupyx.scipy.special").erf(x)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.engines.cuda.device import Device
-from refimpl.engines.cuda.shapes import C_TYPES, WIDE, Launch, element_strides, row_stride, rows_by_columns
+from refimpl.engines.cuda.shapes import C_TYPES, PACK_BYTES, WIDE, Launch, element_strides, row_stride
 from refimpl.engines.protocol import Array
 from refimpl.errors import ShapeError, UnsupportedError
 
@@ -31,7 +31,7 @@ class Source:
         Its name in this folder.
     kernels : tuple of str
         What is compiled: names without ``kernel_``, with their template arguments, in which T is the dtype of the
-        arrays and A the one that they are computed in.
+        arrays, A the one that they are computed in, and V the elements in 16 bytes.
     dtypes : tuple of str
         Those that it is for.
     capability : int
@@ -58,8 +58,8 @@ class Source:
 
 def instance(kernel: str, dtype: str) -> str:
     """A kernel of a `Source` as C++ names it: ``softmax<A, T>`` in float16 is ``kernel_softmax<float, __half>``."""
-    types = {"T": C_TYPES[dtype], "A": C_TYPES[WIDE[dtype]]}
-    return "kernel_" + re.sub(r"\b[TA]\b", lambda match: types[match[0]], kernel)
+    known = {"T": C_TYPES[dtype], "A": C_TYPES[WIDE[dtype]], "V": str(PACK_BYTES // np.dtype(dtype).itemsize)}
+    return "kernel_" + re.sub(r"\b[TAV]\b", lambda match: known[match[0]], kernel)
 
 
 @cache
@@ -118,16 +118,6 @@ class Launcher(Device):
         if stride is None:
             x, stride = self.xp.ascontiguousarray(x), width
         return x, math.prod(x.shape[:-1]), width, stride
-
-    def _by_rows(
-        self, source: Source, kernel: str, x: Array, operands: tuple[Array, ...] = (), *scalars: float
-    ) -> Array:
-        """A kernel over (rows, width) of x, into a new array."""
-        x, rows, width, stride = self._rows(x)
-        out = self.xp.empty(x.shape, x.dtype)
-        shape = rows_by_columns(rows, width)
-        self._launch(source, kernel, x, shape, x, *operands, out, rows, width, stride, *scalars)
-        return out
 
     def _operand(self, x: Array, y: Array, shape: tuple[int, ...]) -> Array:
         """y as a kernel reads it beside x: of this shape, of x's dtype, contiguous."""

@@ -6,13 +6,17 @@ import itertools
 import math
 
 from refimpl.engines.cuda.elementwise import ELEMENTWISE
+from refimpl.engines.cuda.launch import Source
 from refimpl.engines.cuda.products import Products
-from refimpl.engines.cuda.shapes import rows_by_columns
+from refimpl.engines.cuda.rows import RowKernels, packed
+from refimpl.engines.cuda.tiles import RUN
 from refimpl.engines.protocol import Array
 from refimpl.errors import ShapeError
 
+CONVOLUTIONS = Source("convolutions.cu", packed("depthwise<T, V>", "windows<T, V>"))
 
-class LinearMaps(Products):
+
+class LinearMaps(Products, RowKernels):
     """`linear` and what is made of it."""
 
     def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
@@ -21,11 +25,15 @@ class LinearMaps(Products):
             raise ShapeError(f"x has shape {x.shape}; the weight {weight.shape} needs rows of {d_in}")
         out = self.xp.empty((*x.shape[:-1], d_out), x.dtype)
         if bias is not None:
-            out[...] = self._operand(x, bias, (d_out,))  # the product is added to it
+            self._repeat(self._operand(x, bias, (d_out,)), out)  # the product is added to it
         self._multiply(
             x.reshape(rows, d_in), weight, out.reshape(rows, d_out), transposed=True, beta=float(bias is not None)
         )
         return out
+
+    def _repeat(self, row: Array, out: Array) -> None:
+        rows, width = math.prod(out.shape[:-1]), out.shape[-1]
+        self._tiled(ELEMENTWISE, "repeat<T, V>", rows, width, ((row, width), (out, width)))
 
     def project(self, x: Array, weight: Array, bias: Array | None, widths: tuple[int, ...]) -> tuple[Array, ...]:
         y = self.linear(x, weight, bias)  # (..., sum of widths); the parts are views of it
@@ -36,19 +44,21 @@ class LinearMaps(Products):
         (batch, length, d_in), (d_out, kernel, _) = x.shape, weight.shape
         if weight.shape[2] != d_in:
             raise ShapeError(f"x has shape {x.shape}; the weight {weight.shape} needs rows of {weight.shape[2]}")
-        steps = -(-length // stride)
-        windows = self.xp.empty((batch, steps, kernel * d_in), x.dtype)
+        steps, wide = -(-length // stride), kernel * d_in
+        windows = self.xp.empty((batch, steps, wide), x.dtype)
         x, _, _, row = self._rows(x)
-        shape = rows_by_columns(batch * steps, kernel * d_in)
-        self._launch(
-            ELEMENTWISE, "windows<T>", x, shape, x, windows, batch * steps, d_in, row, length, steps, kernel, stride
-        )
-        return self.linear(windows, weight.reshape(d_out, kernel * d_in), bias)
+        arrays = (x, math.gcd(row, d_in)), (windows, wide)  # a pack lies within one tap
+        self._tiled(CONVOLUTIONS, "windows<T, V>", batch * steps, wide, arrays, row, d_in, length, steps, stride)
+        return self.linear(windows, weight.reshape(d_out, wide), bias)
 
     def depthwise_conv(self, x: Array, weight: Array, bias: Array) -> Array:
-        kernel, width = weight.shape[0], x.shape[-1]
-        operands = self._operand(x, weight, (kernel, width)), self._operand(x, bias, (width,))
-        return self._by_rows(ELEMENTWISE, "depthwise<T>", x, operands, x.shape[1], kernel)
+        (batch, length, width), kernel = x.shape, weight.shape[0]
+        weight, bias = self._operand(x, weight, (kernel, width)), self._operand(x, bias, (width,))
+        x, _, _, stride = self._rows(x)
+        out = self.xp.empty(x.shape, x.dtype)
+        runs, arrays = batch * -(-length // RUN), ((x, stride), (weight, width), (bias, width), (out, width))
+        self._tiled(CONVOLUTIONS, "depthwise<T, V>", runs, width, arrays, stride, length, kernel, rows_each=1)
+        return out
 
     def block_linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
         blocks, d_out, d_in = weight.shape
@@ -56,7 +66,7 @@ class LinearMaps(Products):
             raise ShapeError(f"x has shape {x.shape}; the weight {weight.shape} needs rows of {blocks * d_in}")
         out = self.xp.empty((*x.shape[:-1], blocks * d_out), x.dtype)
         if bias is not None:
-            out[...] = self._operand(x, bias, (blocks * d_out,))  # the products are added to it
+            self._repeat(self._operand(x, bias, (blocks * d_out,)), out)  # the products are added to it
         rows = math.prod(x.shape[:-1])
         parts = x.reshape(rows, blocks, d_in).transpose(1, 0, 2)  # (n, rows, q)
         products = out.reshape(rows, blocks, d_out).transpose(1, 0, 2)  # (n, rows, p)

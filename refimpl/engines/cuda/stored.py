@@ -36,7 +36,7 @@ class StoredMaps(Launcher):
     def __init__(self) -> None:
         super().__init__()
         self._staging: tuple[Array, Any] | None = None  # pinned memory; the event after which it may be written to
-        self._held: dict[int, tuple[Any, Array]] = {}  # databases on the device, by the identity of their records
+        self._resident: dict[int, tuple[Any, Array]] = {}  # databases on the device, by the identity of their records
 
     def concat(self, parts: tuple[Array, ...], axis: int) -> Array:
         return self.xp.concatenate(list(parts), axis=axis)
@@ -79,7 +79,7 @@ class StoredMaps(Launcher):
         for _, row in hits:
             if not 0 <= row < len(records.array):
                 raise ShapeError(f"fetch: record {row} of {len(records.array)}")
-        held = self._held.get(id(records))
+        held = self._resident.get(id(records))
         if held is not None and held[0]() is records:
             return self._move(held[1], out, hits)
         per_piece = max(1, STAGING_BYTES // max(1, math.prod(out.shape[1:]) * out.dtype.itemsize))
@@ -100,7 +100,7 @@ class StoredMaps(Launcher):
             stop = min(first + per_piece, len(copy))
             self._send(records.array, [(row, row) for row in range(first, stop)], copy)
         key = id(records)
-        self._held[key] = weakref.ref(records, lambda _: self._held.pop(key, None)), copy
+        self._resident[key] = weakref.ref(records, lambda _: self._resident.pop(key, None)), copy
         return True
 
     def take_rows(self, x: Array, rows: tuple[int, ...]) -> Array:
