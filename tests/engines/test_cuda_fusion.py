@@ -158,6 +158,18 @@ def test_a_later_product_in_the_same_place_is_another(engine, given):
     assert engine.plan(run) == Plan(("linear", "gelu", "linear", "relu", "add"), frozenset({0}))
 
 
+def test_a_batch_of_nothing_is_fused(engine, given):
+    _, weight, bias = given
+    empty = engine.asarray(np.zeros((0, 8), np.float32))
+
+    def run():
+        h = engine.gelu(engine.linear(empty, weight, bias))
+        return engine.layer_norm(engine.add(h, h), bias, bias, 1e-5)
+
+    assert engine.plan(run).put_off == {0, 2}
+    assert engine.fused(run)().shape == (0, 8)
+
+
 # --- passes that are not what was traced ----------------------------------------------------------------------------
 
 
@@ -166,9 +178,11 @@ def test_another_pass_is_refused(engine, given):
     change = []
 
     def run():
-        h = engine.linear(x, weight, bias)
+        h = None if "bias" in change else engine.linear(x, weight, bias=bias)
         if "op" in change:
             return engine.silu(h)
+        if "bias" in change:
+            return engine.gelu(engine.linear(x, weight))
         if "operand" in change:
             return engine.gelu(x)
         if "reader" in change:
@@ -184,6 +198,7 @@ def test_another_pass_is_refused(engine, given):
     expected = engine.to_numpy(fused())
     for kind, message in (
         ("op", "call 1 is silu, planned gelu"),
+        ("bias", "has no bias"),
         ("operand", "reads something else than what call 0 gives"),
         ("end", "ends after 2 calls, planned 3"),
         ("more", "call 3 is relu, planned nothing"),
