@@ -53,7 +53,7 @@ class Plan:
     put_off: frozenset[int]
 
 
-class Fusion(Elementwise, LinearMaps):
+class Fusion(LinearMaps, Elementwise):
     """Passes with pairs of ops as one kernel."""
 
     def plan(self, run: Callable[[], Any]) -> Plan:

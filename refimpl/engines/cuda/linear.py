@@ -16,7 +16,7 @@ from refimpl.errors import ShapeError
 CONVOLUTIONS = Source("convolutions.cu", packed("depthwise<T, V>", "windows<T, V>"))
 
 
-class LinearMaps(Products, RowKernels):
+class LinearMaps(RowKernels, Products):
     """`linear` and what is made of it."""
 
     def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
