@@ -138,7 +138,9 @@ class Fusion(LinearMaps, Elementwise):
             columns = [self._operand(total, column, (width,)) for column in columns]
             out = self.xp.empty(total.shape, total.dtype)
             arrays = ((x, stride), *((array, width) for array in (y, total, *columns, out)))
-            self._held(FUSION, f"add_{norm}<T, V, P>", rows, width, arrays, stride, period, float(scale), float(eps))
+            self._launch_rows(
+                FUSION, f"add_{norm}<T, V, P>", rows, width, arrays, stride, period, float(scale), float(eps)
+            )
             return out
 
         return total, finish
@@ -148,12 +150,12 @@ class Fusion(LinearMaps, Elementwise):
         bias, rows = self._operand(product, bias, (columns,)), math.prod(product.shape[:-1])
         if op in ACTIVATIONS:
             kernel = f"bias_activation<T, V, {ACTIVATIONS[op]}>"
-            self._tiled(FUSION, kernel, rows, columns, ((product, columns), (bias, columns)))
+            self._launch_tiles(FUSION, kernel, rows, columns, ((product, columns), (bias, columns)))
             return product
         width = columns // 2
         out = self.xp.empty((*product.shape[:-1], width), product.dtype)
         arrays = (product, columns), (bias, columns), (out, width)
-        self._tiled(FUSION, "bias_gate<T, V>", rows, width, arrays, int(op == "swiglu"))
+        self._launch_tiles(FUSION, "bias_gate<T, V>", rows, width, arrays, int(op == "swiglu"))
         return out
 
 
