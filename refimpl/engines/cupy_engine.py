@@ -9,8 +9,10 @@ import math
 
 from refimpl.engines.cuda import cudnn
 from refimpl.engines.cuda.attention import Attention
+from refimpl.engines.cuda.elementwise import Elementwise
 from refimpl.engines.cuda.filtered import Filtered
 from refimpl.engines.cuda.fusion import Fusion
+from refimpl.engines.cuda.linear import LinearMaps
 from refimpl.engines.cuda.selection import Selection
 from refimpl.engines.cuda.stored import StoredMaps
 from refimpl.engines.protocol import Array
@@ -19,7 +21,7 @@ from refimpl.errors import UnsupportedError
 TF32_CAPABILITY = 80  # compute capability 8.0, from which tensor cores have it
 
 
-class CupyEngine(Fusion, Attention, Filtered, Selection, StoredMaps):
+class CupyEngine(Fusion, LinearMaps, Elementwise, Attention, Filtered, Selection, StoredMaps):
     """The op vocabulary on the current CUDA device; an op that is in no family is the equation over CuPy arrays."""
 
     name = "cupy"

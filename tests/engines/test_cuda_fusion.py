@@ -55,14 +55,11 @@ def test_an_add_and_its_norm_give_the_same_bits(engine, launched, norm, dtype, m
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_an_add_of_misaligned_views_gives_the_same_bits(engine, which):
     """The norm alone would read packs of the sum, the fused kernel could not of its operands: another order of sums."""
-    hosts = [
-        normal("float16", 4, 64),
-        normal("float16", 4, 64, seed=1),
-        *(normal("float16", 64, seed=i) for i in (2, 3)),
-    ]
+    shapes = (8, 1024), (8, 1024), (1024,), (1024,)
+    hosts = [normal("float32", *shape, size=3.0, seed=seed) for seed, shape in enumerate(shapes)]
     arrays = [engine.asarray(host) for host in hosts]
-    wide = engine.asarray(np.zeros((*hosts[which].shape[:-1], 72), np.float16))
-    arrays[which] = wide[..., 3:67]
+    wide = engine.asarray(np.zeros((*hosts[which].shape[:-1], 1028), np.float32))
+    arrays[which] = wide[..., 3:1027]
     arrays[which][...] = engine.asarray(hosts[which])
     run = engine.fused(lambda: norm_of_sum(engine, "layer_norm", 1.0, arrays))
     for ours, apart in zip(run(), norm_of_sum(engine, "layer_norm", 1.0, arrays), strict=True):
@@ -161,6 +158,18 @@ def test_a_later_product_in_the_same_place_is_another(engine, given):
     assert engine.plan(run) == Plan(("linear", "gelu", "linear", "relu", "add"), frozenset({0}))
 
 
+def test_a_batch_of_nothing_is_fused(engine, given):
+    _, weight, bias = given
+    empty = engine.asarray(np.zeros((0, 8), np.float32))
+
+    def run():
+        h = engine.gelu(engine.linear(empty, weight, bias))
+        return engine.layer_norm(engine.add(h, h), bias, bias, 1e-5)
+
+    assert engine.plan(run).put_off == {0, 2}
+    assert engine.fused(run)().shape == (0, 8)
+
+
 # --- passes that are not what was traced ----------------------------------------------------------------------------
 
 
@@ -169,9 +178,11 @@ def test_another_pass_is_refused(engine, given):
     change = []
 
     def run():
-        h = engine.linear(x, weight, bias)
+        h = None if "bias" in change else engine.linear(x, weight, bias=bias)
         if "op" in change:
             return engine.silu(h)
+        if "bias" in change:
+            return engine.gelu(engine.linear(x, weight))
         if "operand" in change:
             return engine.gelu(x)
         if "reader" in change:
@@ -187,6 +198,7 @@ def test_another_pass_is_refused(engine, given):
     expected = engine.to_numpy(fused())
     for kind, message in (
         ("op", "call 1 is silu, planned gelu"),
+        ("bias", "has no bias"),
         ("operand", "reads something else than what call 0 gives"),
         ("end", "ends after 2 calls, planned 3"),
         ("more", "call 3 is relu, planned nothing"),

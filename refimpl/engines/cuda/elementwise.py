@@ -42,7 +42,7 @@ class Elementwise(RowKernels):
         x, rows, width, stride = self._rows(x)
         out = self.xp.empty(x.shape, x.dtype)
         arrays = (x, stride), *((y, width) for y in columns), (out, width)
-        self._held(NORMS, kernel, rows, width, arrays, stride, float(eps))
+        self._launch_rows(NORMS, kernel, rows, width, arrays, stride, float(eps))
         return out
 
     def add(self, x: Array, y: Array, scale: float = 1.0) -> Array:
@@ -81,7 +81,7 @@ class Elementwise(RowKernels):
         gate, _, _, gate_stride = self._rows(gate)
         out = self.xp.empty(value.shape, value.dtype)
         arrays = (value, stride), (gate, gate_stride), (out, width)
-        self._tiled(ELEMENTWISE, "gate<T, V>", rows, width, arrays, stride, gate_stride, int(swish))
+        self._launch_tiles(ELEMENTWISE, "gate<T, V>", rows, width, arrays, stride, gate_stride, int(swish))
         return out
 
     def rotary(self, x: Array, cos: Array, sin: Array, interleaved: bool) -> Array:
@@ -94,7 +94,7 @@ class Elementwise(RowKernels):
         apart = math.gcd(*strides)  # what divides it divides every stride
         arrays = (x, apart), (cos, half), (sin, half), (out, half)
         sizes = heads, length, *strides, int(interleaved)
-        self._tiled(ELEMENTWISE, "rotary<T, V>", rows, half, arrays, *sizes, rows_each=1)
+        self._launch_tiles(ELEMENTWISE, "rotary<T, V>", rows, half, arrays, *sizes, rows_each=1)
         return out
 
     def elu_plus_one(self, x: Array) -> Array:
@@ -105,7 +105,7 @@ class Elementwise(RowKernels):
         ids = self.xp.ascontiguousarray(ids.astype(np.int64, copy=False))
         out = self.xp.empty((*ids.shape, width), table.dtype)
         arrays = (table, stride), (ids, 0), (out, width)
-        self._tiled(ELEMENTWISE, "gather<T, V>", ids.size, width, arrays, stride, count)
+        self._launch_tiles(ELEMENTWISE, "gather<T, V>", ids.size, width, arrays, stride, count)
         return out
 
     def erf(self, x: Array) -> Array:

@@ -53,7 +53,7 @@ class Plan:
     put_off: frozenset[int]
 
 
-class Fusion(Elementwise, LinearMaps):
+class Fusion(LinearMaps, Elementwise):
     """Passes with pairs of ops as one kernel."""
 
     def plan(self, run: Callable[[], Any]) -> Plan:
@@ -116,6 +116,8 @@ class Fusion(Elementwise, LinearMaps):
         """Begin an op whose rest the next one does."""
         if op == "add":
             return self._put_off_add(*given)
+        if not has_bias(given):
+            raise differs(f"a {op} that is put off has no bias")
         x, weight, bias, *rest = given
         if op == "project":
             product, (widths,) = self.linear(x, weight), rest
@@ -136,7 +138,9 @@ class Fusion(Elementwise, LinearMaps):
             columns = [self._operand(total, column, (width,)) for column in columns]
             out = self.xp.empty(total.shape, total.dtype)
             arrays = ((x, stride), *((array, width) for array in (y, total, *columns, out)))
-            self._held(FUSION, f"add_{norm}<T, V, P>", rows, width, arrays, stride, period, float(scale), float(eps))
+            self._launch_rows(
+                FUSION, f"add_{norm}<T, V, P>", rows, width, arrays, stride, period, float(scale), float(eps)
+            )
             return out
 
         return total, finish
@@ -146,12 +150,12 @@ class Fusion(Elementwise, LinearMaps):
         bias, rows = self._operand(product, bias, (columns,)), math.prod(product.shape[:-1])
         if op in ACTIVATIONS:
             kernel = f"bias_activation<T, V, {ACTIVATIONS[op]}>"
-            self._tiled(FUSION, kernel, rows, columns, ((product, columns), (bias, columns)))
+            self._launch_tiles(FUSION, kernel, rows, columns, ((product, columns), (bias, columns)))
             return product
         width = columns // 2
         out = self.xp.empty((*product.shape[:-1], width), product.dtype)
         arrays = (product, columns), (bias, columns), (out, width)
-        self._tiled(FUSION, "bias_gate<T, V>", rows, width, arrays, int(op == "swiglu"))
+        self._launch_tiles(FUSION, "bias_gate<T, V>", rows, width, arrays, int(op == "swiglu"))
         return out
 
 
@@ -228,7 +232,12 @@ def fits(first: str, before: Given, made: Any, second: str, given: Given) -> boo
     """True where the second call alone can do what is left of the first."""
     if second not in PUT_OFF.get(first, ()) or not leads(made, given):
         return False
-    return first == "add" or before[2] is not None  # a product without a bias is complete
+    return first == "add" or has_bias(before)  # a product without one is complete
+
+
+def has_bias(given: Given) -> bool:
+    """Whether a product, called with x, weight and perhaps a bias, has one."""
+    return len(given) > 2 and given[2] is not None
 
 
 def leads(made: Any, given: Given) -> bool:
@@ -244,6 +253,8 @@ def differs(what: str) -> UnsupportedError:
 
 def by_position(method: Method, args: Given, kwargs: dict[str, Any]) -> Given:
     """All arguments of a call, those by name in their places."""
+    if not kwargs:
+        return args
     bound = inspect.signature(method).bind(*args, **kwargs)
     bound.apply_defaults()
     return tuple(bound.arguments.values())
@@ -261,8 +272,7 @@ def arrays(values: Any) -> Iterator[Array]:
 def overlap(made: Any) -> Callable[[Array], bool]:
     """Whether an array has memory in common with this one, or with these parts of one."""
     parts = [span(part) for part in arrays((made,))]
-    first, last = min(begin for begin, _ in parts), max(end for _, end in parts)
-    return lambda x: span(x)[0] < last and first < span(x)[1]
+    return lambda x: any(span(x)[0] < last and first < span(x)[1] for first, last in parts)
 
 
 def span(x: Array) -> tuple[int, int]:

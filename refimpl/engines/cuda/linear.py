@@ -16,7 +16,7 @@ from refimpl.errors import ShapeError
 CONVOLUTIONS = Source("convolutions.cu", packed("depthwise<T, V>", "windows<T, V>"))
 
 
-class LinearMaps(Products, RowKernels):
+class LinearMaps(RowKernels, Products):
     """`linear` and what is made of it."""
 
     def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
@@ -33,7 +33,7 @@ class LinearMaps(Products, RowKernels):
 
     def _repeat(self, row: Array, out: Array) -> None:
         rows, width = math.prod(out.shape[:-1]), out.shape[-1]
-        self._tiled(ELEMENTWISE, "repeat<T, V>", rows, width, ((row, width), (out, width)))
+        self._launch_tiles(ELEMENTWISE, "repeat<T, V>", rows, width, ((row, width), (out, width)))
 
     def project(self, x: Array, weight: Array, bias: Array | None, widths: tuple[int, ...]) -> tuple[Array, ...]:
         y = self.linear(x, weight, bias)  # (..., sum of widths); the parts are views of it
@@ -48,7 +48,7 @@ class LinearMaps(Products, RowKernels):
         windows = self.xp.empty((batch, steps, wide), x.dtype)
         x, _, _, row = self._rows(x)
         arrays = (x, math.gcd(row, d_in)), (windows, wide)  # a pack lies within one tap
-        self._tiled(CONVOLUTIONS, "windows<T, V>", batch * steps, wide, arrays, row, d_in, length, steps, stride)
+        self._launch_tiles(CONVOLUTIONS, "windows<T, V>", batch * steps, wide, arrays, row, d_in, length, steps, stride)
         return self.linear(windows, weight.reshape(d_out, wide), bias)
 
     def depthwise_conv(self, x: Array, weight: Array, bias: Array) -> Array:
@@ -57,7 +57,7 @@ class LinearMaps(Products, RowKernels):
         x, _, _, stride = self._rows(x)
         out = self.xp.empty(x.shape, x.dtype)
         runs, arrays = batch * -(-length // RUN), ((x, stride), (weight, width), (bias, width), (out, width))
-        self._tiled(CONVOLUTIONS, "depthwise<T, V>", runs, width, arrays, stride, length, kernel, rows_each=1)
+        self._launch_tiles(CONVOLUTIONS, "depthwise<T, V>", runs, width, arrays, stride, length, kernel, rows_each=1)
         return out
 
     def block_linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:

@@ -34,7 +34,7 @@ def with_pack(kernel: str, pack: bool) -> str:
 class RowKernels(Launcher):
     """Kernels over rows."""
 
-    def _tiled(
+    def _launch_tiles(
         self, source: Source, kernel: str, rows: int, width: int, arrays: tuple[Placed, ...], *arguments: Any,
         rows_each: int = ROWS_EACH,
     ) -> None:  # fmt: skip
@@ -51,10 +51,10 @@ class RowKernels(Launcher):
         x, rows, width, stride = self._rows(x)
         out = self.xp.empty(x.shape, x.dtype)
         arrays = (x, stride), *((y, width) for y in columns), (out, width)
-        self._tiled(source, kernel, rows, width, arrays, stride, *arguments)
+        self._launch_tiles(source, kernel, rows, width, arrays, stride, *arguments)
         return out
 
-    def _held(
+    def _launch_rows(
         self, source: Source, kernel: str, rows: int, width: int, arrays: tuple[Placed, ...], *arguments: Any
     ) -> None:
         """Launch a kernel that holds rows; its arguments begin with the arrays, rows and width."""
