@@ -491,10 +491,11 @@ class NumbaEngine:
             steps, margins = filtered.steps_and_margins(q_scale, k_scale, thresholds, scale)
             k, v, k_codes = (layout.batched(x, q) for x in (k, v, k_codes))
             v, k_codes = layout.readable(v), layout.readable(k_codes)
+            k = layout.readable(k) if stage2 == "float" else k
             if q.shape[2] > layout.FEW_ROWS:
-                v = filtered.dense_rows(v, self.buffers.empty)
-            if stage2 == "float":
-                k = filtered.dense_rows(k, self.buffers.empty) if q.shape[2] > layout.FEW_ROWS else layout.readable(k)
+                parts, k_read = layout.count(layout.MOST_PARTS, v.size), stage2 == "float"
+                v = filtered.dense_rows(v, parts, self.buffers.empty)
+                k = filtered.dense_rows(k, parts, self.buffers.empty) if k_read else k
             q, q_codes = layout.readable(q), layout.readable(q_codes)
             elements = counts.size * k.shape[2]
             panels, rows = filtered.packed(

@@ -135,6 +135,47 @@ def estimate_tile(
     return types.void(out, types.intp, queries, types.intp, panel, types.intp), codegen
 
 
+@intrinsic
+def pack_square(typingctx: Any, panel: Any, rows: Any, row_bytes: Any, words: Any, nearest: Any) -> Any:
+    """Set the first `words` words of 16 keys in a panel to upper nibbles of their rows of codes, all without sign.
+
+    With 128 added to a code u, ``u >> 4`` is its upper nibble with 8 added, and so is ``min(u + 8, 255) >> 4`` of the
+    nearest one. The square of words is transposed: rows hold the words of a key, a panel holds one word of all keys.
+    """
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        target, source, stride, count, round_ = args
+        add = ir.Constant(_BYTES, [8] * LINE)
+        add = builder.select(round_, add, ir.Constant(_BYTES, [0] * LINE))
+        kind = ir.FunctionType(_BYTES, [_BYTES, _BYTES])
+        saturating = cgutils.get_or_insert_function(builder.module, kind, f"llvm.uadd.sat.v{LINE}i8")
+        square = []
+        for key in range(LANES):
+            row = _load(builder, _at(builder, source, builder.mul(stride, cgutils.intp_t(key))), _BYTES)
+            nibbles = builder.lshr(builder.call(saturating, [row, add]), ir.Constant(_BYTES, [4] * LINE))
+            square.append(builder.bitcast(nibbles, _INTS))
+        for word, value in enumerate(_transposed(builder, square)):
+            with builder.if_then(builder.icmp_signed("<", cgutils.intp_t(word), count)):
+                _store(builder, value, _at(builder, target, word * BLOCKS * LINE), 4)
+        return context.get_dummy_value()
+
+    return types.void(panel, rows, types.intp, types.intp, types.boolean), codegen
+
+
+def _transposed(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
+    """Transpose a square of 16 vectors: swap off-diagonal blocks of halving size."""
+    rows, block = list(rows), LANES // 2
+    while block:
+        upper = [c if not c & block else c - block + LANES for c in range(LANES)]
+        lower = [c + block if not c & block else c + LANES for c in range(LANES)]
+        for r in range(LANES):
+            if not r & block:
+                pair = rows[r], rows[r + block]
+                rows[r], rows[r + block] = _pick(builder, *pair, upper), _pick(builder, *pair, lower)
+        block //= 2
+    return rows
+
+
 def _compress(builder: ir.IRBuilder, values: ir.Value, kept: ir.Value, target: ir.Value) -> None:
     """Write the lanes that are kept one after the other; what follows them may be overwritten."""
     if _HAS_COMPRESS:  # to a register and from there to memory: straight to memory takes three times as long

@@ -18,7 +18,7 @@ from numba.core import cgutils
 from numba.extending import lower_builtin, type_callable
 
 from . import threads
-from .vector import run_on_threads
+from .vector import run_parts
 
 # A kernel from the disk cache crashes without: Numba (0.68) forgets that it links in a loop which needs
 # threads.
@@ -66,7 +66,7 @@ def any_strides(*arguments: Any) -> Callable[[Callable[..., None]], Callable[...
 def share(step: Callable[..., None], operands: tuple[Any, ...], rows: int, parts: int) -> None:
     """Call ``step(*operands, first, last)`` for the `parts` ranges that make up the rows, several at once.
 
-    In a kernel the loop over the parts is `run_on_threads`, which knows the step by its address: inside a
+    In a kernel the loop over the parts is `run_parts`, which knows the step by its address: inside a
     ``prange`` of its own every step would be compiled six times (2 s a kernel instead of 0.5 s).
     """
     step = getattr(step, "py_func", step)
@@ -93,7 +93,7 @@ def _lower_share(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir
         with one:
             builder.call(task, [cgutils.intp_t(0), call])
         with many:
-            _run_on_threads(context, builder, [args[3], task, call])
+            _run_parts(context, builder, [args[3], task, call])
     return context.get_dummy_value()
 
 
@@ -114,9 +114,9 @@ def _task(context: Any, module: ir.Module, sig: Any, call_type: ir.Type) -> ir.F
     return task
 
 
-def _run_on_threads(context: Any, builder: ir.IRBuilder, args: list[ir.Value]) -> None:
+def _run_parts(context: Any, builder: ir.IRBuilder, args: list[ir.Value]) -> None:
     """Call the compiled loop over threads: number of parts, task, its argument."""
-    function = typeof(run_on_threads)
+    function = typeof(run_parts)
     signature = context.typing_context.resolve_function_type(function, (types.intp,) * 3, {})
     implementation = context.get_function(function, signature)
     context.add_linking_libs(implementation.libs)
