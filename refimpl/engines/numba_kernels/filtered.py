@@ -166,18 +166,20 @@ def packed(
 
 @njit(**STEP)
 def _copy_rows(x, out, first, last):
-    """Copy some rows of x (B, H, T, D), all heads counted through, to out (B * H * T * D,)."""
+    """Copy the rows of x (B, H, T, D) at some places t of all batches to out (B * H * T * D,)."""
     full_width()
     (H, T), width = x.shape[1:3], x.shape[3]
     for item in range(first, last):
-        row, copy = _row(x, item // T // H, item // T % H, item % T), span(out, item * width, width)
-        for d in range(width):
-            copy[d] = row[d]
+        b, t = item // T, item % T
+        for h in range(H):  # in which order rows lie that are apart
+            row, copy = _row(x, b, h, t), span(out, ((b * H + h) * T + t) * width, width)
+            for d in range(width):
+                copy[d] = row[d]
 
 
 @any_strides(read(4), write(1), types.intp)
 def _kernel_copy(x, out, parts):
-    share(_copy_rows, (x, out), x.shape[0] * x.shape[1] * x.shape[2], parts)
+    share(_copy_rows, (x, out), x.shape[0] * x.shape[2], parts)
 
 
 def dense_rows(x: Array, parts: int, empty: Callable[[tuple[int, ...], Any], Array]) -> Array:
