@@ -67,7 +67,7 @@ TILE = _choose_tile(_target_features(), platform.machine().lower())
 _FEW_SUMS = 2 * TILE.rows  # vectors of sums that a product with few rows keeps: half of the registers
 PICKED = 4  # rows of a matrix that `dot_picked` takes at once
 _ROW_BLOCKS = (8, 4, 2, 1)  # rows that such a product takes at once
-_APART = 8  # numbers of 8 bytes in a cache line, in which threads that count would disturb each other
+MOST_RANGES = 64  # of parts, one for each thread
 _AHEAD_BYTES = 16 * 1024  # memory that streams by is asked for so much earlier; the processor stops at each page
 
 
@@ -692,20 +692,19 @@ def _threads(typingctx: Any) -> Any:
 
 
 @njit(parallel=True, nogil=True, cache=True)
-def run_parts(parts: int, function: int, argument: int) -> None:
+def run_parts(parts: int, function: int, argument: int, taken: int) -> None:
     """Call ``function(part, argument)``, both given by address, for all part < parts, on Numba's threads.
 
     Each thread has a range of the parts and takes them in order, as neighbouring ones read neighbouring memory. One
     that has finished takes what is left of the others' ranges, so that nobody waits long for a thread that woke late.
+    At `taken` are `MOST_RANGES` zeros of type int64: how many parts of each range somebody works on, or is done with.
     """
-    threads = min(parts, _threads())
-    taken = np.zeros(threads * _APART, np.int64)  # how many parts of each range somebody works on, or is done with
+    threads = min(parts, _threads(), MOST_RANGES)
     for thread in prange(threads):
         for other in range(threads):
             owner = (thread + other) % threads
             first, last = owner * parts // threads, (owner + 1) * parts // threads
-            place = taken.ctypes.data + owner * _APART * taken.itemsize
-            part = first + fetch_add(place)
+            part = first + fetch_add(taken + 8 * owner)
             while part < last:
                 _invoke(function, np.intp(part), argument)
-                part = first + fetch_add(place)
+                part = first + fetch_add(taken + 8 * owner)
