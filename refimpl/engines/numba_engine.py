@@ -190,7 +190,7 @@ class NumbaEngine:
     def add(self, x: Array, y: Array, scale: float = 1.0) -> Array:
         check.same_dtype("add", x=x, y=y)
         if x.shape == y.shape and x.size <= layout.COPIED_ELEMENTS and scale == 1:
-            return np.add(x, y)  # the same sums, sooner than a kernel could be called
+            return np.add(x, y, out=self._empty(x.shape, x))  # the same sums, sooner than a kernel could be called
         y = layout.trailing(x, y)
         out = self._empty(x.shape, x)
         if out.size:
