@@ -90,14 +90,15 @@ class NumbaEngine:
     def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
         fits = weight.ndim == 2 and x.shape[-1:] == weight.shape[1:]
         fits = fits and (bias is None or bias.shape == weight.shape[:1])
-        expected = "x (..., d_in), weight (d_out, d_in), bias (d_out,)"
-        check.expect("linear", expected, fits, x=x, weight=weight, bias=bias)
+        if not (fits and bias is None and x.dtype is weight.dtype in check.DTYPES):  # else there is nothing to refuse
+            expected = "x (..., d_in), weight (d_out, d_in), bias (d_out,)"
+            check.expect("linear", expected, fits, x=x, weight=weight, bias=bias)
         d_out, d_in = weight.shape
         y = self._empty((*x.shape[:-1], d_out), x)  # (..., d_out)
         n_rows = math.prod(x.shape[:-1])
         flat_x, flat_y = x.reshape(n_rows, d_in), y.reshape(n_rows, d_out)
         if n_rows <= layout.FEW_ROWS and layout.readable(weight) is weight:
-            bias = weight[:0, 0] if bias is None else layout.readable(bias)
+            bias = few_rows.NO_BIAS[x.itemsize] if bias is None else layout.readable(bias)
             parts = layout.count(-(-d_out // few_rows.UNIT), weight.size)
             few_rows.kernel_linear(layout.readable(flat_x), weight, bias, flat_y, parts)
             return y
@@ -188,6 +189,8 @@ class NumbaEngine:
 
     def add(self, x: Array, y: Array, scale: float = 1.0) -> Array:
         check.same_dtype("add", x=x, y=y)
+        if x.shape == y.shape and x.size <= layout.COPIED_ELEMENTS and scale == 1:
+            return np.add(x, y, out=self._empty(x.shape, x))  # the same sums, sooner than a kernel could be called
         y = layout.trailing(x, y)
         out = self._empty(x.shape, x)
         if out.size:
@@ -491,10 +494,11 @@ class NumbaEngine:
             steps, margins = filtered.steps_and_margins(q_scale, k_scale, thresholds, scale)
             k, v, k_codes = (layout.batched(x, q) for x in (k, v, k_codes))
             v, k_codes = layout.readable(v), layout.readable(k_codes)
+            k = layout.readable(k) if stage2 == "float" else k
             if q.shape[2] > layout.FEW_ROWS:
-                v = filtered.dense_rows(v, self.buffers.empty)
-            if stage2 == "float":
-                k = filtered.dense_rows(k, self.buffers.empty) if q.shape[2] > layout.FEW_ROWS else layout.readable(k)
+                parts, k_read = layout.count(layout.MOST_PARTS, v.size), stage2 == "float"
+                v = filtered.dense_rows(v, parts, self.buffers.empty)
+                k = filtered.dense_rows(k, parts, self.buffers.empty) if k_read else k
             q, q_codes = layout.readable(q), layout.readable(q_codes)
             elements = counts.size * k.shape[2]
             panels, rows = filtered.packed(
@@ -563,7 +567,8 @@ class NumbaEngine:
     def refine(self, z: Array, ids: Array, weight: Array, g: Array, replace: bool = False) -> Array:
         fits = weight.ndim == 2 and z.shape[-1:] == weight.shape[:1] and g.shape[-1:] == weight.shape[1:]
         fits = fits and z.shape[:-1] == ids.shape[:-1] == g.shape[:-1] and weight.shape[1] > 0
-        expected = f"z (..., V), ids (..., n) like {ids.shape}, weight (V, K), g (..., K)"
+        fits = fits and ids.dtype == np.int64
+        expected = f"z (..., V), ids (..., n) like {ids.shape}, in int64, weight (V, K), g (..., K)"
         check.expect("refine", expected, fits, z=z, weight=weight, g=g)
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < len(weight):
             message = f"refine: weight {weight.shape} has no rows for ids from {ids.min()} to {ids.max()}"

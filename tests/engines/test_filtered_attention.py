@@ -211,6 +211,15 @@ def test_kernel_equals_the_equation_for_any_sizes(data: st.DataObject) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("Tk", [1, 2, 3, 257, 258])
+def test_an_infinite_value_of_a_kept_key_stays_infinite(Tk: int) -> None:
+    q, k, v = (heads(1, 1, T, 24, np.float32) for T in (2, Tk, Tk))
+    v[..., -1, 0] = np.inf  # kernels take kept values in pairs: the last one of an odd number meets nothing else
+    out, truth = (attend(engine, q, k, v, math.inf)[0] for engine in (NUMBA, NUMPY))
+    assert (out[..., 0] == np.inf).all()
+    np.testing.assert_allclose(out[..., 1:], truth[..., 1:], rtol=1e-4, atol=1e-5)
+
+
 # --- the map, for methods that hand it on -----------------------------------------------------------------------------
 
 

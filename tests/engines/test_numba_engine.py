@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -24,7 +25,7 @@ from scipy.special import erf
 from refimpl.engines import numba_engine
 from refimpl.engines.buffers import SMALLEST_BYTES, Buffers
 from refimpl.engines.numba_engine import NumbaEngine
-from refimpl.engines.numba_kernels import elementwise, layout, rows
+from refimpl.engines.numba_kernels import elementwise, layout, parallel, rows
 from refimpl.engines.numpy_engine import NumpyEngine
 from refimpl.errors import ConfigError, ShapeError, UnsupportedError
 
@@ -681,6 +682,7 @@ Z = np.zeros
             ["z (1, 4)", "weight (5, 3)"],
         ),
         (lambda f: ENGINE.refine(Z((1, 5), f), np.array([[5]]), Z((5, 3), f), Z((1, 3), f)), ["(5, 3)", "5"]),
+        (lambda f: ENGINE.refine(Z((1, 5), f), np.array([[1.0]]), Z((5, 3), f), Z((1, 3), f)), ["int64"]),
         (
             lambda f: ENGINE.add_relative(Z((1, 1, 3, 3), f), Z((1, 1, 3, 6), f)),
             ["(1, 1, 3, 3)", "(1, 1, 3, 6)"],
@@ -773,6 +775,31 @@ def run(code: str, cache: Path) -> str:
     ran = subprocess.run([sys.executable, "-c", setup + code], capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, (ran.returncode, ran.stderr[-500:])
     return ran.stdout
+
+
+@numba.njit(**parallel.STEP)
+def _count_rows(counts, first, last):
+    for row in range(first, last):
+        counts[row] += 1
+
+
+@numba.njit
+def _count_in_parts(counts, parts):
+    parallel.share(_count_rows, (counts,), counts.size, parts)
+
+
+def test_every_row_is_worked_on_once_by_any_number_of_threads_and_parts() -> None:
+    before = ENGINE.threads
+    try:
+        for threads in range(1, numba.config.NUMBA_NUM_THREADS + 1):
+            ENGINE.set_threads(threads)
+            for rows_, parts in ((1, 1), (2, 2), (5, 3), (64, 64), (1000, 63), (1000, 200)):
+                counts = np.zeros(rows_, np.int64)
+                for _ in range(20):
+                    _count_in_parts(counts, parts)
+                np.testing.assert_array_equal(counts, 20)
+    finally:
+        ENGINE.set_threads(before)
 
 
 def test_compilation_is_announced_once_and_cached_kernels_run_on_threads(tmp_path: Path) -> None:

@@ -135,6 +135,47 @@ def estimate_tile(
     return types.void(out, types.intp, queries, types.intp, panel, types.intp), codegen
 
 
+@intrinsic
+def pack_square(typingctx: Any, panel: Any, rows: Any, row_bytes: Any, words: Any, nearest: Any) -> Any:
+    """Set the first `words` words of 16 keys in a panel to upper nibbles of their rows of codes, all without sign.
+
+    With 128 added to a code u, ``u >> 4`` is its upper nibble with 8 added, and so is ``min(u + 8, 255) >> 4`` of the
+    nearest one. The square of words is transposed: rows hold the words of a key, a panel holds one word of all keys.
+    """
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        target, source, stride, count, round_ = args
+        add = ir.Constant(_BYTES, [8] * LINE)
+        add = builder.select(round_, add, ir.Constant(_BYTES, [0] * LINE))
+        kind = ir.FunctionType(_BYTES, [_BYTES, _BYTES])
+        saturating = cgutils.get_or_insert_function(builder.module, kind, f"llvm.uadd.sat.v{LINE}i8")
+        square = []
+        for key in range(LANES):
+            row = _load(builder, _at(builder, source, builder.mul(stride, cgutils.intp_t(key))), _BYTES)
+            nibbles = builder.lshr(builder.call(saturating, [row, add]), ir.Constant(_BYTES, [4] * LINE))
+            square.append(builder.bitcast(nibbles, _INTS))
+        for word, value in enumerate(_transposed(builder, square)):
+            with builder.if_then(builder.icmp_signed("<", cgutils.intp_t(word), count)):
+                _store(builder, value, _at(builder, target, word * BLOCKS * LINE), 4)
+        return context.get_dummy_value()
+
+    return types.void(panel, rows, types.intp, types.intp, types.boolean), codegen
+
+
+def _transposed(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
+    """Transpose a square of 16 vectors: swap off-diagonal blocks of halving size."""
+    rows, block = list(rows), LANES // 2
+    while block:
+        upper = [c if not c & block else c - block + LANES for c in range(LANES)]
+        lower = [c + block if not c & block else c + LANES for c in range(LANES)]
+        for r in range(LANES):
+            if not r & block:
+                pair = rows[r], rows[r + block]
+                rows[r], rows[r + block] = _pick(builder, *pair, upper), _pick(builder, *pair, lower)
+        block //= 2
+    return rows
+
+
 def _compress(builder: ir.IRBuilder, values: ir.Value, kept: ir.Value, target: ir.Value) -> None:
     """Write the lanes that are kept one after the other; what follows them may be overwritten."""
     if _HAS_COMPRESS:  # to a register and from there to memory: straight to memory takes three times as long
@@ -151,24 +192,22 @@ def _compress(builder: ir.IRBuilder, values: ir.Value, kept: ir.Value, target: i
 def keep_from(typingctx: Any, indices: Any, estimates: Any, first: Any, last: Any, least: Any) -> Any:
     """Write the places from first to last but one whose estimates are at least `least`, in order; return how many.
 
-    Both arrays must have room for 16 more numbers.
+    Up to the next multiple of 16 after `last`, estimates must be less. Indices must have room for 16 more numbers.
     """
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         target, source, begin, end, bound = args
         limit, lanes = _splat(builder, bound, LANES), ir.Constant(_INTS, list(range(LANES)))
-        number = ir.IntType(64)
-        bits = ir.IntType(LANES)
-        found = cgutils.alloca_once_value(builder, number(0))
+        number, bits = ir.IntType(64), ir.IntType(LANES)
+        start = builder.add(_splat(builder, builder.trunc(begin, _INT), LANES), lanes)
+        found, places = _variables(builder, [number(0), start])
         with cgutils.for_range_slice(builder, begin, end, number(LANES)) as (start, _):
-            places = builder.add(_splat(builder, builder.trunc(start, _INT), LANES), lanes)
-            inside = builder.icmp_signed("<", places, _splat(builder, builder.trunc(end, _INT), LANES))
-            values = _load(builder, _at(builder, source, start), _INTS, 4)
-            kept = builder.and_(builder.icmp_signed(">=", values, limit), inside)
-            here = builder.load(found)
-            _compress(builder, places, kept, _at(builder, target, here))
-            some = builder.ctpop(builder.bitcast(kept, bits))
-            builder.store(builder.add(here, builder.zext(some, number)), found)
+            kept = builder.icmp_signed(">=", _load(builder, _at(builder, source, start), _INTS, 4), limit)
+            here, lanes_here = _current(builder, [found, places])
+            _compress(builder, lanes_here, kept, _at(builder, target, here))
+            some = builder.zext(builder.ctpop(builder.bitcast(kept, bits)), number)
+            after = builder.add(lanes_here, ir.Constant(_INTS, [LANES] * LANES))
+            _assign(builder, [found, places], [builder.add(here, some), after])
         return builder.load(found)
 
     return types.intp(indices, estimates, types.intp, types.intp, least), codegen
@@ -361,29 +400,35 @@ def add_chosen_rows(
 ) -> Any:
     """Add ``sum over n < count of weights[n] rows[indices[n]]`` to out.
 
-    The sum is taken before it is added. One row after the other: two at once would save nothing, as reading the rows
-    takes as long as one chain of sums, and their odd last row could not be foreseen by the processor.
+    The sum is taken before it is added. Rows are taken in pairs, an odd last one with a row of zeros: the end of a list
+    would be foreseen by the processor even less often if the last row went another way.
     """
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         target, numbers, places, total, matrix, row_stride, width = args
         vectors = _Vectors(builder, out)
+        zeros = cgutils.alloca_once(builder, ir.ArrayType(vectors.type, 4))  # and set to zero
+        zeros = builder.bitcast(zeros, vectors.element.as_pointer())
+        last = builder.sub(total, cgutils.intp_t(1))
 
         def tile(c: ir.Value, size: int) -> None:
             load, store = (vectors.load, vectors.store) if size > 1 else (vectors.load_one, vectors.store_one)
-            parts = [builder.add(c, cgutils.intp_t(part)) for part in range(0, size, vectors.count)]
-            sums = _variables(builder, [vectors.constant(0.0)] * len(parts))
-            with cgutils.for_range(builder, total) as loop:
-                n = loop.index
-                row = builder.sext(builder.load(_at(builder, places, n)), cgutils.intp_t)
-                start = vectors.at(matrix, builder.mul(row, row_stride))
-                weight = vectors.load_scalar(vectors.at(numbers, n))
-                values = [load(vectors.at(start, part)) for part in parts]
-                pairs = zip(values, _current(builder, sums), strict=True)
-                _assign(builder, sums, [vectors.multiply_add(weight, *pair) for pair in pairs])
-            for part, value in zip(parts, _current(builder, sums), strict=True):
-                place = vectors.at(target, part)
-                store(builder.fadd(load(place), value), place)
+            parts = range(0, size, vectors.count)
+            sums = [_variables(builder, [vectors.constant(0.0)] * len(parts)) for _ in range(2)]
+            with cgutils.for_range_slice(builder, cgutils.intp_t(0), total, cgutils.intp_t(2)) as (n, _):
+                odd = builder.icmp_signed("==", n, last)
+                for which, slots in enumerate(sums):
+                    m = builder.select(odd, n, builder.add(n, cgutils.intp_t(1))) if which else n
+                    row = builder.sext(builder.load(_at(builder, places, m)), cgutils.intp_t)
+                    start = vectors.at(matrix, builder.add(builder.mul(row, row_stride), c))
+                    start = builder.select(odd, zeros, start) if which else start
+                    weight = vectors.load_scalar(vectors.at(numbers, m))
+                    values = [load(vectors.at(start, part)) for part in parts]
+                    pairs = zip(values, _current(builder, slots), strict=True)
+                    _assign(builder, slots, [vectors.multiply_add(weight, *pair) for pair in pairs])
+            for part, *both in zip(parts, *(_current(builder, slots) for slots in sums), strict=True):
+                place = vectors.at(target, builder.add(c, cgutils.intp_t(part)))
+                store(builder.fadd(load(place), builder.fadd(*both)), place)
 
         _in_blocks(builder, width, (4 * vectors.count, vectors.count, 1), tile)
         return context.get_dummy_value()

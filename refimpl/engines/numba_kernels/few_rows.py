@@ -31,6 +31,8 @@ KEYS = 128  # keys whose scores are held at a time
 
 _STRIP = 16  # rows of a weight matrix that stay in the nearest cache until all rows of x have met them
 
+NO_BIAS = {number(0).itemsize: np.empty(0, number) for number in (np.float32, np.float64)}  # by bytes of a number
+
 MASK = types.Array(types.boolean, 4, "A", readonly=True)
 
 

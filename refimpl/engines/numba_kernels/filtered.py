@@ -33,6 +33,7 @@ from .codes import (
     keep_from,
     largest,
     largest_size,
+    pack_square,
     soften,
 )
 from .few_rows import MASK
@@ -124,20 +125,23 @@ def upper_nibble(code, nearest):
 @njit(**STEP)
 def _pack_panels(k_codes, nearest, panels, rows, first, last):
     """Fill the panels of nibbles (panel, word, block, lane, byte) and the rows of codes of some panels of keys."""
+    full_width()
     H, Tk, D = k_codes.shape[1:]
     per_head, words, width = (Tk + PANEL - 1) // PANEL, (D + WORD - 1) // WORD, (D + LINE - 1) // LINE * LINE
     for item in range(first, last):
-        head, panel = item // per_head, item % per_head
-        b, h, start = head // H, head % H, panel * PANEL
-        span(panels, item * words * PANEL * WORD, words * PANEL * WORD)[:] = 0
-        for t in range(start, min(start + PANEL, Tk)):
-            row, line = _row(k_codes, b, h, t), span(rows, (head * Tk + t) * width, width)
-            lane = span(panels, (item * words * PANEL + t - start) * WORD, 0)
+        head, start = item // per_head, item % per_head * PANEL
+        b, h, keys = head // H, head % H, min(PANEL, Tk - start)
+        for t in range(keys):
+            row, line = _row(k_codes, b, h, start + t), span(rows, (item * PANEL + t) * width, width)
             for d in range(D):
-                code = np.int32(row[d])
-                line[d] = np.uint8(code + 128)
-                lane[d // WORD * PANEL * WORD + d % WORD] = np.uint8(upper_nibble(code, nearest) + 8)
+                line[d] = np.uint8(np.int32(row[d]) + 128)
             line[D:] = 0
+        span(rows, (item * PANEL + keys) * width, (PANEL - keys) * width)[:] = 0
+        for t in range(0, PANEL, LANES):
+            for word in range(0, words, LANES):
+                square = offset(_first(rows), (item * PANEL + t) * width + word * WORD)
+                target = offset(_first(panels), (item * words + word) * PANEL * WORD + t * WORD)
+                pack_square(target, square, width, min(words - word, LANES), nearest)
 
 
 @any_strides(CODES, types.boolean, BYTES, BYTES, types.intp, types.intp)
@@ -148,16 +152,37 @@ def _kernel_pack(k_codes, nearest, panels, rows, items, parts):
 def packed(
     k_codes: Array, nearest: bool, parts: int, empty: Callable[[tuple[int, ...], Any], Array]
 ) -> tuple[Array, Array]:
-    """The panels of upper nibbles and the rows of codes of k_codes (B, Hkv, Tk, D), without sign."""
+    """The panels of upper nibbles and the rows of codes of k_codes (B, Hkv, Tk, D), without sign.
+
+    Both have room for a multiple of `PANEL` keys.
+    """
     B, H, Tk, D = k_codes.shape
     items = B * H * -(-Tk // PANEL)
     panels = empty((items * -(-D // WORD) * PANEL * WORD,), np.uint8)
-    rows = empty((B * H * Tk * -(-D // LINE) * LINE,), np.uint8)
+    rows = empty((items * PANEL * -(-D // LINE) * LINE,), np.uint8)
     _kernel_pack(k_codes, nearest, panels, rows, items, min(items, parts))
     return panels, rows
 
 
-def dense_rows(x: Array, empty: Callable[[tuple[int, ...], Any], Array]) -> Array:
+@njit(**STEP)
+def _copy_rows(x, out, first, last):
+    """Copy the rows of x (B, H, T, D) at some places t of all batches to out (B * H * T * D,)."""
+    full_width()
+    (H, T), width = x.shape[1:3], x.shape[3]
+    for item in range(first, last):
+        b, t = item // T, item % T
+        for h in range(H):  # in which order rows lie that are apart
+            row, copy = _row(x, b, h, t), span(out, ((b * H + h) * T + t) * width, width)
+            for d in range(width):
+                copy[d] = row[d]
+
+
+@any_strides(read(4), write(1), types.intp)
+def _kernel_copy(x, out, parts):
+    share(_copy_rows, (x, out), x.shape[0] * x.shape[2], parts)
+
+
+def dense_rows(x: Array, parts: int, empty: Callable[[tuple[int, ...], Any], Array]) -> Array:
     """x (B, H, T, D), copied if its rows are apart: worth it where they meet many queries.
 
     Rows of heads that lie side by side in memory, a power of two apart, fall into few sets of a cache; and vectors that
@@ -166,7 +191,7 @@ def dense_rows(x: Array, empty: Callable[[tuple[int, ...], Any], Array]) -> Arra
     if x.flags.c_contiguous and x.ctypes.data % LINE == 0:
         return x
     copy = empty(x.shape, x.dtype)
-    copy[...] = x
+    _kernel_copy(x, copy.reshape(-1), parts)
     return copy
 
 
@@ -319,7 +344,7 @@ def _filter_items(
         reach = min(Tk, max(0, start + rows + Tk - Tq)) if causal else Tk
         keys = offset(_first(panels), (b * Hkv + g) * n_panels * words * PANEL * WORD)
         _estimate(_first(estimates), stride, _first(nibbles), keys, (reach + PANEL - 1) // PANEL, words, rows)
-        of_keys = offset(_first(code_rows), (b * Hkv + g) * Tk * lines * LINE)
+        of_keys = offset(_first(code_rows), (b * Hkv + g) * n_panels * PANEL * lines * LINE)
         for r in range(rows):
             i = start + r
             of_row = span(estimates, r * stride, min(Tk, max(0, i + 1 + Tk - Tq)) if causal else Tk)

@@ -53,7 +53,7 @@ def _map_items(
         reach = min(Tk, max(0, start + rows + Tk - Tq)) if causal else Tk
         keys = offset(_first(panels), (b * Hkv + g) * n_panels * words * PANEL * WORD)
         _estimate(_first(estimates), stride, _first(nibbles), keys, (reach + PANEL - 1) // PANEL, words, rows)
-        of_keys = offset(_first(code_rows), (b * Hkv + g) * Tk * lines * LINE)
+        of_keys = offset(_first(code_rows), (b * Hkv + g) * n_panels * PANEL * lines * LINE)
         for r in range(rows):
             i = start + r
             of_row = span(estimates, r * stride, min(Tk, max(0, i + 1 + Tk - Tq)) if causal else Tk)

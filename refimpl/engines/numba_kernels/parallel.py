@@ -18,7 +18,7 @@ from numba.core import cgutils
 from numba.extending import lower_builtin, type_callable
 
 from . import threads
-from .vector import run_on_threads
+from .vector import MOST_RANGES, run_parts
 
 # A kernel from the disk cache crashes without: Numba (0.68) forgets that it links in a loop which needs
 # threads.
@@ -44,19 +44,23 @@ def any_strides(*arguments: Any) -> Callable[[Callable[..., None]], Callable[...
     """Compile a kernel once for each float type, whatever the layout of its arrays, when it is first called.
 
     Numba by itself compiles anew for contiguous, strided and read-only arrays. `arguments` are Numba types or
-    functions of the float type, which is that of the first array.
+    functions of the float type, which is that of the first array. What is compiled is called without Numba's search for
+    a version that fits the arguments, which takes as long as a small kernel: the engine has checked their types.
     """
 
     def decorate(kernel: Callable[..., None]) -> Callable[..., None]:
-        @functools.cache
+        versions, entries = {}, {}  # by dtype: what Numba compiled, and what is called of it
+
         def compiled(dtype: Any) -> Callable[..., None]:
             number = from_dtype(dtype)
-            kinds = [kind if isinstance(kind, types.Type) else kind(number) for kind in arguments]
-            return njit(types.void(*kinds), **KERNEL)(kernel)
+            signature = types.void(*[kind if isinstance(kind, types.Type) else kind(number) for kind in arguments])
+            versions[dtype] = njit(signature, **KERNEL)(kernel)
+            entries[dtype] = versions[dtype].get_compile_result(signature).entry_point
+            return entries[dtype]
 
         @functools.wraps(kernel)
         def call(x: Any, *others: Any) -> None:
-            compiled(x.dtype)(x, *others)
+            (entries.get(x.dtype) or compiled(x.dtype))(x, *others)
 
         return call
 
@@ -66,7 +70,7 @@ def any_strides(*arguments: Any) -> Callable[[Callable[..., None]], Callable[...
 def share(step: Callable[..., None], operands: tuple[Any, ...], rows: int, parts: int) -> None:
     """Call ``step(*operands, first, last)`` for the `parts` ranges that make up the rows, several at once.
 
-    In a kernel the loop over the parts is `run_on_threads`, which knows the step by its address: inside a
+    In a kernel the loop over the parts is `run_parts`, which knows the step by its address: inside a
     ``prange`` of its own every step would be compiled six times (2 s a kernel instead of 0.5 s).
     """
     step = getattr(step, "py_func", step)
@@ -93,7 +97,8 @@ def _lower_share(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir
         with one:
             builder.call(task, [cgutils.intp_t(0), call])
         with many:
-            _run_on_threads(context, builder, [args[3], task, call])
+            taken = cgutils.alloca_once(builder, ir.ArrayType(cgutils.intp_t, MOST_RANGES), zfill=True)
+            _run_parts(context, builder, [args[3], task, call, taken])
     return context.get_dummy_value()
 
 
@@ -114,10 +119,10 @@ def _task(context: Any, module: ir.Module, sig: Any, call_type: ir.Type) -> ir.F
     return task
 
 
-def _run_on_threads(context: Any, builder: ir.IRBuilder, args: list[ir.Value]) -> None:
-    """Call the compiled loop over threads: number of parts, task, its argument."""
-    function = typeof(run_on_threads)
-    signature = context.typing_context.resolve_function_type(function, (types.intp,) * 3, {})
+def _run_parts(context: Any, builder: ir.IRBuilder, args: list[ir.Value]) -> None:
+    """Call the compiled loop over threads: number of parts, task, its argument, counts."""
+    function = typeof(run_parts)
+    signature = context.typing_context.resolve_function_type(function, (types.intp,) * 4, {})
     implementation = context.get_function(function, signature)
     context.add_linking_libs(implementation.libs)
     implementation(builder, [args[0], *(builder.ptrtoint(arg, cgutils.intp_t) for arg in args[1:])])

@@ -67,6 +67,7 @@ TILE = _choose_tile(_target_features(), platform.machine().lower())
 _FEW_SUMS = 2 * TILE.rows  # vectors of sums that a product with few rows keeps: half of the registers
 PICKED = 4  # rows of a matrix that `dot_picked` takes at once
 _ROW_BLOCKS = (8, 4, 2, 1)  # rows that such a product takes at once
+MOST_RANGES = 64  # of parts, one for each thread
 _AHEAD_BYTES = 16 * 1024  # memory that streams by is asked for so much earlier; the processor stops at each page
 
 
@@ -677,3 +678,33 @@ def run_on_threads(threads: int, function: int, argument: int) -> None:
     """
     for thread in prange(threads):
         _invoke(function, np.intp(thread), argument)
+
+
+@intrinsic
+def _threads(typingctx: Any) -> Any:
+    """Count Numba's threads, as its parallel loops do: a kernel with `numba.get_num_threads` cannot be cached."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        kind = ir.FunctionType(cgutils.intp_t, [])
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, "get_num_threads"), [])
+
+    return types.intp(), codegen
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def run_parts(parts: int, function: int, argument: int, taken: int) -> None:
+    """Call ``function(part, argument)``, both given by address, for all part < parts, on Numba's threads.
+
+    Each thread has a range of the parts and takes them in order, as neighbouring ones read neighbouring memory. One
+    that has finished takes what is left of the others' ranges, so that nobody waits long for a thread that woke late.
+    At `taken` are `MOST_RANGES` zeros of type int64: how many parts of each range somebody works on, or is done with.
+    """
+    threads = min(parts, _threads(), MOST_RANGES)
+    for thread in prange(threads):
+        for other in range(threads):
+            owner = (thread + other) % threads
+            first, last = owner * parts // threads, (owner + 1) * parts // threads
+            part = first + fetch_add(taken + 8 * owner)
+            while part < last:
+                _invoke(function, np.intp(part), argument)
+                part = first + fetch_add(taken + 8 * owner)
