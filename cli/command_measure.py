@@ -33,6 +33,7 @@ GATE_FAILED = 1
     help="warm or cold: overwrite the GPU's cache before each pass.",
 )
 @click.option("--graph", is_flag=True, help="Time totals on passes replayed as CUDA graphs.")
+@click.option("--fuse", is_flag=True, help="In these, pairs of ops as one kernel: an add with its norm, and the like.")
 @options.output_options("table", "json", "csv", "md")
 @options.plot_option
 @click.option(
@@ -44,7 +45,7 @@ GATE_FAILED = 1
 def command(
     baseline: str | None, hardware: str | None, form: str | None, path: Path | None, plot: Path | None, quiet: bool,
     input_file: Path | None, fail_above: float | None, repeats: int | None, warmup: int, max_seconds: float, seed: int,
-    l2: str, graph: bool, **given: Any,
+    l2: str, graph: bool, fuse: bool, **given: Any,
 ) -> int:  # fmt: skip
     """Run methods and print measured beside predicted time, component by component and in total.
 
@@ -65,7 +66,7 @@ def command(
     progress = Progress.on_stderr(quiet)
     source = Source(input_file, own_length=given["seq"] is None and given["phase"] == "prefill")
     request = resolve(**options.request_options(given))
-    timing = Timing(repeats or default_repeats(request), warmup, max_seconds, seed, l2, graph)
+    timing = Timing(repeats or default_repeats(request), warmup, max_seconds, seed, l2, graph, fuse)
     document = measured(request, hardware, source, timing, progress)
     if target.needs_context:
         from .context import completed

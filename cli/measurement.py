@@ -60,6 +60,8 @@ class Timing:
         Whether the GPU's second-level cache holds what the pass before left there, or is overwritten before each pass.
     graph : bool
         Time totals on passes replayed as CUDA graphs; components still on ordinary passes.
+    fuse : bool
+        Pairs of ops of these graphs as one kernel.
     """
 
     repeats: int = REPEATS
@@ -68,6 +70,7 @@ class Timing:
     seed: int = 0
     l2: str = "warm"
     graph: bool = False
+    fuse: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("repeats", 1), ("warmup", 0), ("seed", 0)):
@@ -78,6 +81,8 @@ class Timing:
             raise ConfigError(f"max_seconds is {self.max_seconds}; it must be above 0")
         if self.l2 not in L2:
             raise unknown("l2", self.l2, L2)
+        if self.fuse and not self.graph:
+            raise ConfigError("--fuse is for the passes of --graph, whose ops are not timed one by one: add --graph")
 
     def check(self, request: Request) -> None:
         """Raise ConfigError for what the device or the passes do not have."""
@@ -113,6 +118,7 @@ def measure(
     seed: int = 0,
     l2: str = "warm",
     graph: bool = False,
+    fuse: bool = False,
 ) -> dict[str, Any]:
     """Run methods and put measured beside predicted seconds.
 
@@ -128,8 +134,8 @@ def measure(
         Text, recording or array to run on; default seeded random input.
     device, engine, threads
         Default ``numba`` on all cores of the CPU.
-    repeats, warmup, max_seconds, seed, l2, graph
-        See `Timing`; the last two are for GPUs.
+    repeats, warmup, max_seconds, seed, l2, graph, fuse
+        See `Timing`; the last three are for GPUs.
 
     Returns
     -------
@@ -146,7 +152,7 @@ def measure(
         steps=steps, causal=causal, device=device, engine=engine, threads=threads,
     )  # fmt: skip
     source = Source(None if input_file is None else Path(input_file), own_length=seq is None and phase == "prefill")
-    timing = Timing(repeats or default_repeats(request), warmup, max_seconds, seed, l2, graph)
+    timing = Timing(repeats or default_repeats(request), warmup, max_seconds, seed, l2, graph, fuse)
     document = measured(request, hardware, source, timing, Progress())
     return context.completed(document, request.threads)
 
@@ -213,6 +219,7 @@ def measured(
         progress.note(
             "measured totals are of passes replayed as CUDA graphs; measured components and all predictions are of "
             "ordinary ones, in which the host launches each op"
+            + (", and no two ops are one kernel" if timing.fuse else "")
         )
     document = results.document(request, machine, found, progress.notes)
     document["config"] |= {**vars(timing), "input": str(source.path) if source.path else "seeded random"}
@@ -386,8 +393,9 @@ class Bench:
             new = self._split(inputs, length)[1] if self.request.decodes else inputs
             try:
                 self.graphs[name] = self.runner.recorded(
-                    new, self.ready[name, length], causal=self.request.causal, cache=self.caches.get(name)
-                )
+                    new, self.ready[name, length], causal=self.request.causal, cache=self.caches.get(name),
+                    fused=self.timing.fuse,
+                )  # fmt: skip
             except UnsupportedError as error:
                 raise UnsupportedError(f"{name}: {error}") from error
 

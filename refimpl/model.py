@@ -271,11 +271,13 @@ class Runner:
         return Run(output, self.engine.elapsed_s(start, stop), recorder.calls() if recorder else [])
 
     def recorded(
-        self, inputs: Array, method: Prepared, *, causal: bool | None = None, cache: Cache | None = None
-    ) -> Callable[[], Run]:
+        self, inputs: Array, method: Prepared, *, causal: bool | None = None, cache: Cache | None = None,
+        fused: bool = False,
+    ) -> Callable[[], Run]:  # fmt: skip
         """A pass as a CUDA graph, on an engine that can record one; each call launches it again.
 
-        Behind the positions that the cache holds now, which stay as they are. Nothing is noted of single ops.
+        Behind the positions that the cache holds now, which stay as they are. Nothing is noted of single ops. With
+        `fused`, pairs of ops are one kernel (docs/adr/0013).
 
         Raises
         ------
@@ -291,7 +293,11 @@ class Runner:
         check_inputs(self.config, inputs)
         causal = self.config.causal if causal is None else causal
         work = self._work(inputs, method.program(), method, causal, None, cache)
-        replay = self.engine.record(lambda: work(lambda component: self.engine, method.program()))
+
+        def once() -> Array:
+            return work(lambda component: self.engine, method.program())
+
+        replay = self.engine.record(self.engine.fused(once) if fused else once)  # type: ignore[attr-defined]
 
         def run() -> Run:
             output, seconds = replay()

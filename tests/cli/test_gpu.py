@@ -236,6 +236,16 @@ def test_graphs_are_timed_without_the_launches(on_gpu, cupy, model) -> None:
     assert any("replayed as CUDA graphs" in note for note in graph["notes"])
 
 
+def test_pairs_of_ops_are_fused_where_that_is_asked_for(on_gpu, cupy) -> None:
+    words = ["--model", "minilm-l6", "--seq", "16", "--method", "dense", "--vocab", "50", "--graph"]
+    plain = timed(on_gpu, *words)
+    assert "fused" not in cupy.log
+    fused = timed(on_gpu, *words, "--fuse")
+    assert cupy.log.count("fused") == 2  # dense and flash
+    assert [one["config"]["fuse"] for one in (plain, fused)] == [False, True]
+    assert any("no two ops are one kernel" in note for note in fused["notes"])
+
+
 def test_a_decoding_step_is_replayed_behind_the_same_positions(on_gpu, cupy) -> None:
     words = "--phase decode --kv-len 4,9 --model smollm2-135m --kv-heads 2 --vocab 50 --method dense,reuse --graph"
     found = timed(on_gpu, *words.split())
@@ -280,6 +290,7 @@ def test_a_cold_cache_is_overwritten_before_each_pass(on_gpu, cupy, monkeypatch)
     [
         ("--l2 cold --engine numpy", "--l2 cold is for GPUs: add --device gpu"),
         ("--graph --engine numpy", "--graph is for GPUs: add --device gpu"),
+        ("--fuse --device gpu", "--fuse is for the passes of --graph"),
         ("--l2 col --device gpu", "did you mean 'cold'"),
         ("--graph --device gpu --phase decode --model smollm2-135m --steps 2", "--graph replays one pass"),
         ("--graph --device gpu --model emformer-rnnt-base --seq 8", "does not stream"),

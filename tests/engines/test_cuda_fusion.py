@@ -253,5 +253,27 @@ def test_fused_passes_are_accurate_and_call_the_same_ops(engine, launched, name,
     assert_close(fused.output, truth, error, name)
 
 
+def test_a_recorded_pass_is_fused_where_that_is_asked_for(emulated, monkeypatch):
+    """The emulation has no graphs: a recorded pass stands for its replay."""
+    recorded = []
+    monkeypatch.setattr(emulated, "record", lambda work: recorded.append(work) or (lambda: (work(), 0.0)))
+    launched = []
+    run = emulated._launch
+    monkeypatch.setattr(
+        emulated, "_launch", lambda source, kernel, *rest: (launched.append(kernel), run(source, kernel, *rest))
+    )
+    model = refimpl.load_model(CONFIGS["llama"], dtype="float32")
+    runner, inputs = Runner(model, emulated), inputs_for(CONFIGS["llama"])
+    ready = runner.prepare("dense", {}, inputs)
+    outputs = []
+    for fused in (False, True):
+        replay = runner.recorded(inputs, ready, fused=fused)
+        launched.clear()
+        outputs.append(replay().output)
+        assert any(kernel.startswith("add_rms_norm") for kernel in launched) == fused
+    assert len(recorded) == 2
+    np.testing.assert_array_equal(*outputs)
+
+
 def model_as(dtype, model):
     return type(model)(**{**vars(model), "weights": weights_as(dtype, model.weights)})
