@@ -127,17 +127,22 @@ class _Bench:
         return Workload(seq=self.memo.about.length, batch=len(self.batches[0]), causal=self.memo.about.causal)
 
     def passes(self, methods: dict[str, Any]) -> dict[str, list[Run]]:
-        """Recorded passes of each method on each batch, in turns; of each the fastest of all rounds."""
-        best: dict[str, list[Run]] = {}
+        """Recorded passes of each method on each batch, of which the fastest of all rounds.
+
+        On each batch the methods take turns, so that what a machine does for seconds is the same for all of them.
+        """
+        best: dict[str, list[Run]] = {name: [] for name in methods}
         for round_ in range(self.repeats + 1):  # the first warms up
             self.progress.advance(f"measuring, round {round_ + 1}", round_ / (self.repeats + 1))
-            for name, ready in methods.items():
-                runs = [self.runner(ids, ready, causal=self.memo.about.causal) for ids in self.batches]
-                if round_ < 2:
-                    best[name] = runs
-                else:
-                    pairs = zip(best[name], runs, strict=True)
-                    best[name] = [min(pair, key=lambda run: run.seconds) for pair in pairs]
+            found = [
+                {name: self.runner(ids, ready, causal=self.memo.about.causal) for name, ready in methods.items()}
+                for ids in self.batches
+            ]
+            for name in methods:
+                runs = [of_batch[name] for of_batch in found]
+                if round_ > 1:
+                    runs = [min(pair, key=lambda run: run.seconds) for pair in zip(best[name], runs, strict=True)]
+                best[name] = runs
         return best
 
     def ready(self, **params: Any) -> Any:

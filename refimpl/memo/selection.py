@@ -40,8 +40,11 @@ def selected(parameters: AttMemoParameters, subject: Subject) -> AttMemoParamete
 
 
 def paying(rows: Sequence[Mapping[str, Any]], key: str = "benefit_s") -> tuple[int, ...]:
-    """The layers of a profile that gain more than `MARGIN` of the time of exact attention, measured or predicted."""
-    return tuple(row["layer"] for row in rows if row[key] > MARGIN * row["dense_s"])
+    """The layers of a profile that gain more than `MARGIN` of the time of exact attention, measured or predicted.
+
+    Where nothing is found nothing is gained, whatever was measured.
+    """
+    return tuple(row["layer"] for row in rows if row["hit_rate"] > 0 and row[key] > MARGIN * row["dense_s"])
 
 
 def counted(parameters: AttMemoParameters, subject: Subject) -> AttMemoParameters:

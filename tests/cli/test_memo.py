@@ -105,7 +105,8 @@ def test_build_inspect_profile_and_use(effref: Any, tmp_path: Path, text: Path, 
         assert row["benefit_s"] == pytest.approx(row["dense_s"] - row["attention_s"])
         assert 0 < row["memo_s"] < row["attention_s"]
     for row in found["thresholds"]:
-        assert row["selected"] == [one["layer"] for one in row["layers"] if one["benefit_s"] > 0.05 * one["dense_s"]]
+        gaining = [one for one in row["layers"] if one["benefit_s"] > 0.05 * one["dense_s"]]
+        assert row["selected"] == [one["layer"] for one in gaining if one["hit_rate"]]
         assert row["selected"] or row["selected_speedup_dense"] == 1.0
     assert in_json(effref("memo", "inspect", place, "--format", "json"))["profile"]["tau"] == 0.9
     shown = [line.split() for line in effref("memo", "inspect", place).stdout.splitlines()]

@@ -443,8 +443,11 @@ def test_a_selection_takes_the_layers_that_pay(tmp_path: Path) -> None:
     model = load_model(ENCODER)
     runner = Runner(model, "numpy")
     build(tmp_path / "db", Subject(model, runner.engine, ids(3)), Plan(Settings(0)), durable=False)
-    gains = ((0, -1, 2), (1, 3, 0.4), (2, 1, -1))  # 0.4 of 10 is within the margin
-    rows = [{"layer": i, "dense_s": 10, "benefit_s": b, "predicted_benefit_s": p} for i, b, p in gains]
+    gains = ((0, 0.5, -1, 2), (1, 0.5, 3, 0.4), (2, 0.5, 1, -1), (3, 0.0, 3, 3))  # 0.4 of 10 is within the margin
+    rows = [
+        {"layer": i, "hit_rate": hits, "dense_s": 10, "benefit_s": b, "predicted_benefit_s": p}
+        for i, hits, b, p in gains
+    ]  # of layer 3 nothing was found
     at_tau = [{"tau": 0.9, "layers": rows}, {"tau": 0.0, "layers": [{**row, "benefit_s": -1} for row in rows]}]
     with Writer(tmp_path / "db", durable=False) as writer:
         writer.note("profile", {"thresholds": at_tau})
