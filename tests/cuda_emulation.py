@@ -13,6 +13,7 @@ import itertools
 import math
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 import time
@@ -46,6 +47,16 @@ SIGNALS = {
     np.dtype(np.float64): (np.uint64, 0x7FF4 << 48),
 }
 ALIGNMENT = 256  # bytes, of CuPy's arrays
+
+
+def missing() -> str | None:
+    """What this machine lacks to run kernels on the CPU; None where it can."""
+    if shutil.which("g++") is None:
+        return "no g++ to run the kernels on the CPU"
+    probe = ["g++", "-x", "c++", "-fsyntax-only", "-"]
+    if subprocess.run(probe, input="_Float16 x;", capture_output=True, text=True, check=False).returncode:
+        return "this g++ has no _Float16, which stands for half here: version 13 has, on x86-64 also 12"
+    return None
 
 
 class HostArray(np.ndarray):

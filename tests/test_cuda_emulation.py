@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cuda_emulation import HostCupy
+from cuda_emulation import HostCupy, missing
 
 import refimpl
 
@@ -229,11 +229,8 @@ KERNELS = [
 
 @pytest.fixture(scope="module")
 def cupy(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ to run the kernels on the CPU")
-    probe = ["g++", "-x", "c++", "-fsyntax-only", "-"]
-    if subprocess.run(probe, input="_Float16 x;", capture_output=True, text=True, check=False).returncode:
-        pytest.skip("this g++ has no _Float16")
+    if reason := missing():
+        pytest.skip(reason)
     return HostCupy(tmp_path_factory.mktemp("kernels"))
 
 

@@ -232,8 +232,8 @@ class Attention(FusedAttention, LongRows):
 
     def _packed(self, scores: Array, out: Array) -> int:
         """Whether rows of scores, and those of out beside them, move 16 bytes of scores at a time."""
-        whole = scores.shape[-1] * scores.dtype.itemsize % plans.VECTOR_BYTES == 0
-        steps = plans.VECTOR_BYTES // scores.dtype.itemsize * out.dtype.itemsize
+        whole = scores.shape[-1] * scores.dtype.itemsize % shapes.PACK_BYTES == 0
+        steps = shapes.PACK_BYTES // scores.dtype.itemsize * out.dtype.itemsize
         return int(
             whole
             and plans.aligned(scores.data.ptr, element_strides(scores), scores.dtype.itemsize)

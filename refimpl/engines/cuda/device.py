@@ -72,7 +72,7 @@ class Device(NumpyEngine):
 
     def device_name(self) -> str:
         """The GPU's name, such as "NVIDIA H100 80GB HBM3"."""
-        name = self.xp.cuda.runtime.getDeviceProperties(self.xp.cuda.Device().id)["name"]
+        name = self._properties["name"]
         return name.decode() if isinstance(name, bytes) else str(name)
 
     @cached_property

@@ -9,7 +9,8 @@ import numpy as np
 
 from refimpl.engines.cuda import shapes
 from refimpl.engines.cuda.launch import Launcher, Source, dtype_of
-from refimpl.engines.cuda.selection import BLOCKS, in_packs
+from refimpl.engines.cuda.rows import pack_of
+from refimpl.engines.cuda.selection import BLOCKS
 from refimpl.engines.cuda.shapes import WIDE, Launch, batch_strides, block_per_row, element_strides
 from refimpl.engines.protocol import Array
 from refimpl.errors import ShapeError, UnsupportedError
@@ -70,7 +71,7 @@ class Filtered(Launcher):
             return codes, sigma
         x = self._unit_columns(x)
         strides = element_strides(x)[:3]
-        vector = in_packs(width, *((x, stride) for stride in strides))
+        vector = pack_of(width, tuple((x, stride) for stride in strides)) > 1
         packs = length * width // (16 // x.dtype.itemsize if vector else 1)
         parts, span = parts_of_heads(batch * heads, packs)
         bits = np.uint64 if x.dtype == np.float64 else np.uint32
@@ -101,7 +102,7 @@ class Filtered(Launcher):
         most, steps, margins = self._maxima(given, q_scale, k_scale, thresholds, scale, causal, nibble)
         v = self._unit_columns(v)
         v_strides, out_strides = strides_of(v, batch), element_strides(out)[:3]
-        half = q.dtype == np.float16 and in_packs(v_width, *((v, stride) for stride in v_strides))
+        half = q.dtype == np.float16 and pack_of(v_width, tuple((v, stride) for stride in v_strides)) > 1
         tiles = cut(batch * groups, rows, k_len, warps_that_fit(width, itemsize, v_width, half), True)
         shared = shared_bytes(width, tiles.launch.block[1], itemsize, v_width, half)
         splits, maps = tiles.splits, batch * heads
@@ -161,9 +162,9 @@ class Filtered(Launcher):
         if mask is not None:
             mask = self.xp.broadcast_to(mask if mask.dtype == bool else mask != 0, shape)
         strides = [strides_of(x, q.shape[0]) for x in (q, k, q_codes, k_codes)]
-        codes = [(x, stride) for x, steps in ((q_codes, strides[2]), (k_codes, strides[3])) for stride in steps]
+        codes = tuple((x, stride) for x, steps in ((q_codes, strides[2]), (k_codes, strides[3])) for stride in steps)
         return Operands(
-            q, k, q_codes, k_codes, mask if masked else q_codes, int(masked), int(in_packs(q.shape[3], *codes)),
+            q, k, q_codes, k_codes, mask if masked else q_codes, int(masked), int(pack_of(q.shape[3], codes) > 1),
             (*(stride for steps in strides for stride in steps), *(element_strides(mask) if masked else (0, 0, 0, 0))),
         )  # fmt: skip
 

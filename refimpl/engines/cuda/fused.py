@@ -7,7 +7,7 @@ import math
 from refimpl.engines.cuda import plans
 from refimpl.engines.cuda.launch import Source, dtype_of
 from refimpl.engines.cuda.products import Products
-from refimpl.engines.cuda.shapes import WIDE, Launch, batch_strides, element_strides
+from refimpl.engines.cuda.shapes import WARP, WIDE, Launch, batch_strides, element_strides
 from refimpl.engines.protocol import Array
 
 TENSOR = Source(
@@ -101,7 +101,7 @@ class FusedAttention(Products):
         strides = self._strides(q, k, v, out)
         self._launch(DECODE, ranges.kernel, q, ranges.launch, q, k, v, out, pointer, partial, *sizes, *strides, *masked)
         if ranges.count > 1:
-            shape = Launch((batch * heads * q_len,), (4 * plans.WARP,))
+            shape = Launch((batch * heads * q_len,), (4 * WARP,))
             counts = heads, q_len, width, ranges.count
             self._launch(DECODE, "combine<T, A>", q, shape, partial, out, *counts, *element_strides(out)[:3])
         return out

@@ -5,15 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from refimpl.engines.cuda import shapes
-from refimpl.engines.cuda.shapes import Launch, Strides
+from refimpl.engines.cuda.shapes import PACK_BYTES, WARP, Launch, Strides
 
 FAR = 1 << 30  # beyond every key; also the limit of lengths, which kernels count in 32 bits
 GRID_LIMIT = (
     65_535  # blocks along the second and third axis (CUDA C++ Programming Guide, table of compute capabilities)
 )
-
-WARP = 32
-VECTOR_BYTES = 16  # the widest access of a thread
 
 
 def band(q_len: int, k_len: int, causal: bool, window: int | None) -> tuple[int, int]:
@@ -29,7 +26,7 @@ def padded(width: int, widths: tuple[int, ...]) -> int | None:
     return next((w for w in widths if w >= width), None)
 
 
-def aligned(address: int, strides: Strides, itemsize: int, vector: int = VECTOR_BYTES) -> bool:
+def aligned(address: int, strides: Strides, itemsize: int, vector: int = PACK_BYTES) -> bool:
     """Whether every row starts at a multiple of `vector` bytes and has contiguous columns."""
     return strides[-1] == 1 and address % vector == 0 and all(s * itemsize % vector == 0 for s in strides[:-1])
 
@@ -124,7 +121,7 @@ def decode_ranges(
 ) -> Ranges | None:  # fmt: skip
     """Ranges of the keys that any query sees; None where there are too many queries, or for what no kernel takes."""
     wide, rows = padded(width, DECODE_WIDTHS), heads // groups * q_len
-    if wide is None or rows > DECODE_MOST or width * itemsize % VECTOR_BYTES or max(batch, 2 * groups) > GRID_LIMIT:
+    if wide is None or rows > DECODE_MOST or width * itemsize % PACK_BYTES or max(batch, 2 * groups) > GRID_LIMIT:
         return None
     each = padded(rows, DECODE_ROWS) or DECODE_ROWS[-1]
     parts = -(-rows // each)

@@ -6,6 +6,7 @@ import numpy as np
 
 from refimpl.engines.cuda import shapes
 from refimpl.engines.cuda.launch import Launcher, Source, dtype_of
+from refimpl.engines.cuda.rows import pack_of
 from refimpl.engines.cuda.shapes import WIDE, Launch, element_strides, row_stride
 from refimpl.engines.protocol import Array
 from refimpl.errors import ShapeError
@@ -68,9 +69,8 @@ class Selection(Launcher):
         weight, (g, rows, _, g_stride) = self._unit_columns(weight), self._rows(g)
         ids = self.xp.ascontiguousarray(ids)
         weight_stride = element_strides(weight)[0]
-        kernel = (
-            "refine<T, A, true>" if in_packs(depth, (weight, weight_stride), (g, g_stride)) else "refine<T, A, false>"
-        )
+        packed = pack_of(depth, ((weight, weight_stride), (g, g_stride))) > 1
+        kernel = "refine<T, A, true>" if packed else "refine<T, A, false>"
         blocks, launch = warps_over(rows, -(-n // TOGETHER))
         sizes = width, n, depth, z_stride, weight_stride, g_stride, int(replace), blocks
         self._launch(SELECTION, kernel, z, launch, z, ids, weight, g, *sizes)
@@ -112,12 +112,6 @@ def warps_over(rows: int, items: int) -> tuple[int, Launch]:
     """Blocks per row where a warp takes one of a row's items, and their launch."""
     blocks = -(-items // (shapes.THREADS // 32))
     return blocks, Launch((rows * blocks,), (shapes.THREADS,))
-
-
-def in_packs(width: int, *arrays: tuple[Array, int]) -> bool:
-    """Whether rows of arrays, given with the elements between them, can be read 16 bytes at a time."""
-    per = 16 // arrays[0][0].dtype.itemsize
-    return width % per == 0 and all(stride % per == 0 and x.data.ptr % 16 == 0 for x, stride in arrays)
 
 
 def is_long(rows: int, width: int) -> bool:

@@ -13,6 +13,7 @@ from refimpl.engines.protocol import Array
 THREADS = 256  # at most, per block of a kernel that walks along rows
 SCRATCH_BYTES = 64 << 20  # what a fused op holds of the map, about the second-level cache of a large GPU
 BLOCK_ROWS = 128  # query rows that a block of the fused op has if they fit: enough to keep cuBLAS efficient
+WARP = 32  # threads
 PACK_BYTES = 16  # the most that a thread reads with one instruction
 CAUSAL_ROWS = 256  # query rows per product of a materialised causal map: hidden keys beyond a block are skipped
 

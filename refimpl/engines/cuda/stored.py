@@ -15,7 +15,8 @@ import numpy as np
 
 from refimpl.engines.cuda import shapes
 from refimpl.engines.cuda.launch import Launcher, Source
-from refimpl.engines.cuda.selection import BLOCKS, in_packs
+from refimpl.engines.cuda.rows import pack_of
+from refimpl.engines.cuda.selection import BLOCKS
 from refimpl.engines.cuda.shapes import Launch, block_per_row
 from refimpl.engines.protocol import Array
 from refimpl.errors import ShapeError
@@ -123,7 +124,7 @@ class StoredMaps(Launcher):
         if not pairs or not size:
             return target
         places = self.asarray(np.array(pairs, np.int64))  # (n, 2)
-        vector = in_packs(size, (source, size), (target, size))
+        vector = pack_of(size, ((source, size), (target, size))) > 1
         blocks, launch = blocks_of_record(len(pairs), size // (16 // target.dtype.itemsize) if vector else size)
         kernel = "move<T, true>" if vector else "move<T, false>"
         self._launch(STORED, kernel, target, launch, source, target, places, size, size, size, blocks)

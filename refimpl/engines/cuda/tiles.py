@@ -6,7 +6,7 @@ Pure functions; the kernels' side is ``tiles.cuh`` and ``norms.cuh``.
 from __future__ import annotations
 
 from refimpl.engines.cuda import shapes
-from refimpl.engines.cuda.shapes import PACK_BYTES, Launch
+from refimpl.engines.cuda.shapes import PACK_BYTES, WARP, Launch
 from refimpl.errors import UnsupportedError
 
 FULL = 1_024  # blocks that fill a large GPU: some 8 on each of the 132 multiprocessors of an H100
@@ -14,7 +14,6 @@ ROWS_EACH = 4  # at most, of a thread of an elementwise kernel: ROWS of tiles.cu
 RUN = 4  # consecutive times of a thread of a depthwise convolution: RUN of convolutions.cu
 HELD = (1, 2, 3, 4)  # packs that a thread of a norm can hold: the kernels' P
 ROW_THREADS = 1_024  # at most, that share a row of a norm
-WARP = 32
 MOST = 1 << 30  # rows or columns: the kernels count them in 32 bits
 
 
