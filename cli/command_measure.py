@@ -32,7 +32,7 @@ GATE_FAILED = 1
     show_default=True,
     help="warm or cold: overwrite the GPU's cache before each pass.",
 )
-@click.option("--graph", is_flag=True, help="Time totals on passes replayed as CUDA graphs.")
+@click.option("--graph", is_flag=True, help="Time totals on recorded passes: CUDA graphs, or steps.")
 @click.option("--fuse", is_flag=True, help="In these, pairs of ops as one kernel: an add with its norm, and the like.")
 @options.output_options("table", "json", "csv", "md")
 @options.plot_option
@@ -56,6 +56,7 @@ def command(
       effref measure
       effref measure --method reuse --set reuse.group=3 --seq 512,2048 --plot reuse.svg
       effref measure --model smollm2-135m --phase decode --kv-len 256,1024 --method dense,kvsharer
+      effref measure --model smollm2-135m --phase decode --kv-len 256 --steps 1 --graph
       effref measure --model bert-base --device gpu --format json --output bert.json
       effref measure --seq 64,128 --device gpu --graph --l2 cold
       effref measure --seq 512 --fail-above 15

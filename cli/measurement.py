@@ -59,7 +59,8 @@ class Timing:
     l2 : {"warm", "cold"}
         Whether the GPU's second-level cache holds what the pass before left there, or is overwritten before each pass.
     graph : bool
-        Time totals on passes replayed as CUDA graphs; components still on ordinary passes.
+        Time totals on recorded passes, CUDA graphs or decoding steps in one compiled call; components still on ordinary
+        passes.
     fuse : bool
         Pairs of ops of these graphs as one kernel.
     """
@@ -87,9 +88,14 @@ class Timing:
     def check(self, request: Request) -> None:
         """Raise ConfigError for what the device or the passes do not have."""
         if request.device != "gpu":
-            for given, name in ((self.l2 == "cold", "--l2 cold"), (self.graph, "--graph")):
+            for given, name in ((self.l2 == "cold", "--l2 cold"), (self.fuse, "--fuse")):
                 if given:
                     raise ConfigError(f"{name} is for GPUs: add --device gpu, or leave it away")
+            if self.graph and not (request.decodes and request.engine == "numba"):
+                raise ConfigError(
+                    "--graph is for GPUs and, on the CPU, for decoding with the engine 'numba': add --device gpu or "
+                    "--phase decode, or leave it away"
+                )
         if self.graph and (request.steps > 1 or request.config.streams):
             raise ConfigError("--graph replays one pass: give --steps 1 and a model that does not stream")
 
@@ -216,10 +222,10 @@ def measured(
             ended = bench.run()
     found = bench.results()
     if timing.graph:
+        recorded = "replayed as CUDA graphs" if request.device == "gpu" else "recorded and run as one compiled call"
         progress.note(
-            "measured totals are of passes replayed as CUDA graphs; measured components and all predictions are of "
-            "ordinary ones, in which the host launches each op"
-            + (", and no two ops are one kernel" if timing.fuse else "")
+            f"measured totals are of passes {recorded}; measured components and all predictions are of ordinary ones, "
+            "in which the host launches each op" + (", and no two ops are one kernel" if timing.fuse else "")
         )
     document = results.document(request, machine, found, progress.notes)
     document["config"] |= {**vars(timing), "input": str(source.path) if source.path else "seeded random"}

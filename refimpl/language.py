@@ -6,14 +6,15 @@ Letters: B batch, T positions, V vocabulary. ``logits[b, t]`` are those of the t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from refimpl.cache import Cache
 from refimpl.engines.protocol import Array
-from refimpl.errors import ConfigError, InputError, ShapeError
-from refimpl.model import Prepared, Runner
+from refimpl.errors import ConfigError, InputError, ShapeError, UnsupportedError
+from refimpl.model import Prepared, Run, Runner
 from refimpl.weights import Model
 
 START = "<|endoftext|>"  # in front of every document that GPT-2 and SmolLM2 were trained on
@@ -147,11 +148,21 @@ def generate(
     ready = runner.prepare(method, params, ids) if isinstance(method, str) else method
     cache = runner.new_cache(ids.shape[1] + count - 1, ready, batch=len(ids))
     found = np.empty((len(ids), count), np.int64)
-    new = ids
-    for step in range(count):
-        logits = runner(new, ready, record=False, cache=cache).output  # (B, T, V), then (B, 1, V)
-        new = found[:, step : step + 1] = np.argmax(logits[:, -1:, :], axis=-1)
+    logits = runner(ids, ready, record=False, cache=cache).output  # (B, T, V), then (B, 1, V)
+    step = _steps(runner, ready, cache)
+    for at in range(count):
+        new = found[:, at : at + 1] = np.argmax(logits[:, -1:, :], axis=-1)
+        if at + 1 < count:
+            logits = step(new).output
     return found
+
+
+def _steps(runner: Runner, ready: Prepared, cache: Cache) -> Callable[[Array], Run]:
+    """What takes ids (B, 1) one step on: recorded where engine and method allow it."""
+    try:
+        return runner.recorded_step(ready, cache)
+    except UnsupportedError:
+        return lambda ids: runner(ids, ready, record=False, cache=cache)
 
 
 def _check(logits: Array, ids: Array) -> None:

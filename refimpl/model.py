@@ -274,20 +274,24 @@ class Runner:
         self, inputs: Array, method: Prepared, *, causal: bool | None = None, cache: Cache | None = None,
         fused: bool = False,
     ) -> Callable[[], Run]:  # fmt: skip
-        """A pass as a CUDA graph, on an engine that can record one; each call launches it again.
+        """A pass written down once, that each call runs again: a CUDA graph, or on the CPU a step of `recorded_step`.
 
         Behind the positions that the cache holds now, which stay as they are. Nothing is noted of single ops. With
-        `fused`, pairs of ops are one kernel (docs/adr/0013).
+        `fused`, pairs of ops of a graph are one kernel (docs/adr/0013).
 
         Raises
         ------
         UnsupportedError
-            If the engine records no graphs, the model streams, or the method reads a result on the host on its way.
+            If the engine records no such pass, the model streams, or the method reads a result on the host on its way.
         ConfigError, ShapeError, InputError
             As in `forward`.
         """
+        if hasattr(self.engine, "step_recorder") and cache is not None:
+            return self._step_again(inputs, self.recorded_step(method, cache, causal=causal), cache)
         if not hasattr(self.engine, "record"):
-            raise UnsupportedError(f"the engine '{self.engine.name}' records no CUDA graphs: take 'cupy'")
+            raise UnsupportedError(
+                f"the engine '{self.engine.name}' records no such pass: take 'cupy', or 'numba' to decode"
+            )
         if self.config.streams:
             raise UnsupportedError(f"{self.config.name} streams: its passes differ with the cache, so no graph fits")
         check_inputs(self.config, inputs)
@@ -302,6 +306,58 @@ class Runner:
         def run() -> Run:
             output, seconds = replay()
             return Run(self.engine.to_numpy(output), seconds, [])
+
+        return run
+
+    def recorded_step(self, method: Prepared, cache: Cache, *, causal: bool | None = None) -> Callable[[Array], Run]:
+        """Decoding in which a step is one compiled call, on the Numba engine (docs/adr/0014).
+
+        What is returned takes the next ids (B, 1), appends to the cache and gives the logits (B, 1, V), to the last bit
+        those of an ordinary step; the step after it overwrites them.
+
+        Raises
+        ------
+        UnsupportedError
+            If the engine records no steps, or the method has an op for which there is no instruction.
+        ConfigError, ShapeError, InputError
+            As in `forward`; each step raises them, too.
+        """
+        if not hasattr(self.engine, "step_recorder"):
+            raise UnsupportedError(f"the engine '{self.engine.name}' records no steps: take 'numba'")
+        if self.config.stem != "tokens":
+            raise UnsupportedError(f"{self.config.name} reads {self.config.reads}: steps of tokens can be recorded")
+        ids, first = np.zeros((cache.batch, 1), np.int64), cache.length
+        causal = self.config.causal if causal is None else causal
+        steps = method.program()
+        work = self._work(ids, steps, method, causal, None, cache)
+        positions = getattr(self.weights.stem, "positions", None)
+        tables = self._tables if positions is None else (*self._tables, positions)
+        recorder = self.engine.step_recorder(first, tables)
+        step = recorder.finished(ids, work(lambda component: recorder, steps))
+
+        def run(ids: Array) -> Run:
+            check_inputs(self.config, ids)
+            if ids.shape[1] != 1:
+                raise ShapeError(f"a recorded step takes ids (B, 1), one position; given {ids.shape}")
+            cache.check(steps.stored(), len(ids), 1)
+            check_length(self.config, self.weights, cache.length + 1)
+            start = self.engine.mark()
+            output = step(ids, cache.length)
+            stop = self.engine.mark()
+            cache.advance(1)
+            return Run(output, self.engine.elapsed_s(start, stop), [])
+
+        return run
+
+    def _step_again(self, ids: Array, step: Callable[[Array], Run], cache: Cache) -> Callable[[], Run]:
+        """The same step at the same place, as often as it is called."""
+        first = cache.length
+
+        def run() -> Run:
+            cache.truncate(first)
+            done = step(ids)
+            cache.truncate(first)
+            return done
 
         return run
 

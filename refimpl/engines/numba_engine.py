@@ -10,8 +10,8 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,6 +33,9 @@ from refimpl.engines.numba_kernels.attention import fused_attention, fused_relat
 from refimpl.engines.numpy_engine import check_keys_mask
 from refimpl.errors import ShapeError
 from refimpl.memo.mapping import check_rows, gather
+
+if TYPE_CHECKING:
+    from refimpl.engines.recorded_step import StepRecorder
 
 Array = Any
 NEAREST_BLOCK = 1024  # points compared with a query at a time
@@ -73,6 +76,12 @@ class NumbaEngine:
     def warm_up(self, announce: Callable[[str], None]) -> None:
         """Call ``announce(message)`` once, if a kernel is not in Numba's disk cache and must be compiled."""
         threads.on_first_compilation(announce)
+
+    def step_recorder(self, position: int, tables: Sequence[Array]) -> StepRecorder:
+        """What writes a decoding step down instead of running it; its parameters are `StepRecorder`'s."""
+        from refimpl.engines.recorded_step import StepRecorder
+
+        return StepRecorder(position, tables)
 
     def split_heads(self, x: Array, heads: int) -> Array:
         batch, length, width = x.shape
@@ -371,7 +380,7 @@ class NumbaEngine:
         causal = causal and weights.shape[2] > 1  # one query sees all keys
         if not causal and layout.few_queries(weights, v):
             p, v = np.ascontiguousarray(weights), layout.readable(v)
-            ranges = layout.key_ranges(v, few_rows.KEYS)
+            ranges = layout.key_ranges(v.shape[0] * v.shape[1], v.shape[2], few_rows.KEYS)
             parts = layout.count(v.shape[0] * v.shape[1] * ranges, v.size)
             few_rows.kernel_weighted_sum(p, v, out, ranges, parts)
             return out
@@ -620,7 +629,7 @@ class NumbaEngine:
         """Set the scores of few queries: keys pass once."""
         k = layout.readable(layout.batched(k, q))
         scaled = np.multiply(q, q.dtype.type(scale), out=np.empty(q.shape, q.dtype))
-        ranges = layout.key_ranges(k, few_rows.KEYS)
+        ranges = layout.key_ranges(k.shape[0] * k.shape[1], k.shape[2], few_rows.KEYS)
         parts = layout.count(k.shape[0] * k.shape[1] * ranges, k.size)
         few_rows.kernel_scores(scaled, k, s, ranges, parts)
 

@@ -1,9 +1,9 @@
-"""Time one decode step of a SmolLM2-shaped model on the numba engine against the mere reading of its bytes.
+"""Time one decode step of SmolLM2-135M's shape on the numba engine against the mere reading of its bytes.
 
     python tests/bench/decode_bandwidth.py --cached 256,1024 --batch 1,4
 
 A step of batch B reads every weight once (538 MB of float32, the vocabulary's table included) and the keys and values
-of all cached positions. Every layer has weights of its own, so that nothing is left in a cache from the step before.
+of all cached positions. It is timed as a recorded step, one compiled call, and as an ordinary one, op by op.
 
 First the bandwidth at which this machine reads more than 1 GB on the same threads, in three ways: BLAS's matrix-vector
 product, a compiled sum, and the engine's own product with one row. Then, for each case, the median milliseconds of a
@@ -17,55 +17,34 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numba
 import numpy as np
 
-from refimpl.engines.numba_engine import NumbaEngine
+import costmodel
+import refimpl
+from refimpl.config import Workload, preset
 
 Array = Any
 
-LAYERS, d, H, HKV, D, F, V = 30, 576, 9, 3, 64, 1536, 49152
-EPS = 1e-5
+METHOD = "flash"
 READ_BYTES = 5 * 2**28  # 1.25 GiB, more than any cache holds
 SETTLE_S = 0.1  # lets BLAS's idle threads stop spinning
-RNG = np.random.default_rng(0)
 
 
-class Layer(NamedTuple):
-    """The weights of one layer."""
+def steps(runner: refimpl.Runner, batch: int, cached: int) -> dict[str, Callable[[], object]]:
+    """A recorded and an ordinary step behind `cached` positions, each of which stays there."""
+    ready = runner.prepare(METHOD)
+    cache = runner.new_cache(cached + 1, ready, batch=batch)
+    ids = np.random.default_rng(0).integers(runner.config.vocab, size=(batch, cached + 1))
+    runner(ids[:, :cached], ready, record=False, cache=cache)
 
-    attention_norm: Array  # (d,)
-    qkv: Array  # ((H + 2 Hkv) D, d)
-    output: Array  # (d, H D)
-    feed_forward_norm: Array  # (d,)
-    gate_up: Array  # (2 F, d)
-    down: Array  # (d, F)
+    def ordinary() -> None:
+        runner(ids[:, cached:], ready, record=False, cache=cache)
+        cache.truncate(cached)
 
-
-def random(*shape: int) -> Array:
-    """Small random numbers."""
-    return RNG.standard_normal(shape, dtype=np.float32) * np.float32(shape[-1] ** -0.5)
-
-
-def step(engine: NumbaEngine, x: Array, layers: list[Layer], caches: list[Array], cached: int, head: Array) -> Array:
-    """Hidden states (B, 1, d) of one position to logits (B, 1, V), its keys and values appended to the caches."""
-    cos, sin = np.ones((1, D // 2), np.float32), np.zeros((1, D // 2), np.float32)
-    norm = np.ones(d, np.float32)
-    for layer, (keys, values) in zip(layers, caches, strict=True):
-        h = engine.rms_norm(x, layer.attention_norm, EPS)
-        q, k, v = engine.project(h, layer.qkv, None, (H * D, HKV * D, HKV * D))
-        q, k = engine.split_heads(q, H), engine.split_heads(k, HKV)
-        q, k = engine.rotary(q, cos, sin, False), engine.rotary(k, cos, sin, False)
-        k = engine.append(keys, k, cached - 1)
-        v = engine.append(values, engine.split_heads(v, HKV), cached - 1)
-        o = engine.merge_heads(engine.attention(q, k, v, None, True))
-        x = engine.add(x, engine.linear(o, layer.output))
-        h = engine.rms_norm(x, layer.feed_forward_norm, EPS)
-        gate, up = engine.project(h, layer.gate_up, None, (F, F))
-        x = engine.add(x, engine.linear(engine.swiglu(gate, up), layer.down))
-    return engine.linear(engine.rms_norm(x, norm, EPS), head)
+    return {"recorded": runner.recorded(ids[:, cached:], ready, cache=cache), "ordinary": ordinary}
 
 
 @numba.njit(parallel=True, fastmath=True, nogil=True)
@@ -95,25 +74,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
 
-    engine = NumbaEngine()
+    config = preset("smollm2-135m")
+    runner = refimpl.Runner(refimpl.load_model(config, weights="random"), "numba")
+    engine = runner.engine
     engine.set_threads(options.threads)
-    sizes = ((d,), ((H + 2 * HKV) * D, d), (d, H * D), (d,), (2 * F, d), (d, F))
-    layers, head = [Layer(*(random(*size) for size in sizes)) for _ in range(LAYERS)], random(V, d)
-    weight_bytes = head.nbytes + sum(weight.nbytes for layer in layers for weight in layer)
-    large = np.ones((READ_BYTES // (4 * d), d), np.float32)
-    vector = np.ones(d, np.float32)
+    large = np.ones((READ_BYTES // (4 * config.d_model), config.d_model), np.float32)
+    vector = np.ones(config.d_model, np.float32)
 
-    cases: dict[tuple[int, int], tuple[int, Callable[[], Array]]] = {}
+    cases: dict[tuple[int, int, str], tuple[int, Callable[[], object]]] = {}
     for batch in map(int, options.batch.split(",")):
         for cached in map(int, options.cached.split(",")):
-            shape = (2, batch, HKV, cached + 16, D)  # keys and values, with room for more
-            caches, x = [random(*shape) for _ in range(LAYERS)], random(batch, 1, d)
-            n_bytes = weight_bytes + 2 * LAYERS * batch * HKV * cached * D * 4
-            cases[batch, cached] = (
-                n_bytes,
-                lambda x=x, caches=caches, cached=cached: step(engine, x, layers, caches, cached, head),
-            )
-    readers: dict[str, Callable[[], Array]] = {
+            cost = costmodel.estimate(METHOD, config, Workload(phase="decode", kv_len=cached, batch=batch)).total
+            for kind, step in steps(runner, batch, cached).items():
+                cases[batch, cached, kind] = int(cost.weight_bytes + cost.kv_bytes), step
+    readers: dict[str, Callable[[], object]] = {
         "BLAS": lambda: large @ vector,
         "compiled sum": lambda: read(large.reshape(-1), options.threads),
         "engine": lambda: engine.linear(vector[None], large),
@@ -121,7 +95,7 @@ def main() -> None:
     for call in (*readers.values(), *(call for _, call in cases.values())):
         call()  # compiles
 
-    def beside_readings(call: Callable[[], Array]) -> list[float]:
+    def beside_readings(call: Callable[[], object]) -> list[float]:
         """Seconds of the readers and of the call, one after the other."""
         blas = seconds(readers["BLAS"])
         time.sleep(SETTLE_S)
@@ -130,17 +104,18 @@ def main() -> None:
     rounds = [[beside_readings(call) for _, call in cases.values()] for _ in range(options.repeats)]
     times = np.array(rounds).transpose(2, 1, 0)  # (readers and step, cases, repeats)
 
-    print(f"float32, {options.threads} threads, {weight_bytes / 1e6:.0f} MB of weights")
+    print(f"float32, {options.threads} threads, {METHOD}")
     for name, reading_s in zip(readers, times, strict=False):
         rates = large.nbytes / reading_s.ravel() / 1e9
         print(f"{name:>12} reads {np.median(rates):5.1f} GB/s, at best {rates.max():.1f}")
+    print(f"{'B':>2} {'cached':>6} {'step':8} {'MB':>6} {'ms':>6} {'GB/s':>5} {'ratio':>6}  {'p10-p90':9}  best")
     reading_s = times[:3].min(0) / large.nbytes  # (cases, repeats), per byte
-    print(f"{'B':>2} {'cached':>6} {'MB':>6} {'step ms':>8} {'GB/s':>5} {'ratio':>6}  {'p10-p90':9}  best")
-    for ((batch, cached), (n_bytes, _)), step_s, byte_s in zip(cases.items(), times[3], reading_s, strict=True):
+    for (case, (n_bytes, _)), step_s, byte_s in zip(cases.items(), times[3], reading_s, strict=True):
         low, middle, high = np.percentile(step_s / (byte_s * n_bytes), (10, 50, 90))
         best = step_s.min() / (reading_s.min() * n_bytes)
-        columns = f"{n_bytes / 1e6:6.0f} {1e3 * np.median(step_s):8.1f} {n_bytes / np.median(step_s) / 1e9:5.1f}"
-        print(f"{batch:2} {cached:6} {columns} {middle:6.2f}  {low:.2f}-{high:.2f}  {best:.2f}")
+        columns = f"{n_bytes / 1e6:6.0f} {1e3 * np.median(step_s):6.1f} {n_bytes / np.median(step_s) / 1e9:5.1f}"
+        batch, cached, kind = case
+        print(f"{batch:2} {cached:6} {kind:8} {columns} {middle:6.2f}  {low:.2f}-{high:.2f}  {best:.2f}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from scipy.special import erf
 from refimpl.engines import numba_engine
 from refimpl.engines.buffers import SMALLEST_BYTES, Buffers
 from refimpl.engines.numba_engine import NumbaEngine
-from refimpl.engines.numba_kernels import elementwise, layout, parallel, rows
+from refimpl.engines.numba_kernels import elementwise, few_rows, layout, parallel, rows
 from refimpl.engines.numpy_engine import NumpyEngine
 from refimpl.errors import ConfigError, ShapeError, UnsupportedError
 
@@ -400,6 +400,26 @@ def test_fully_masked_row_attends_to_nothing() -> None:
     assert (s[:, :, 3] == -INF).all()
     assert (ENGINE.weighted_sum(ENGINE.softmax(s), v)[:, :, 3] == 0).all()
     assert (ENGINE.attention(q, k, v, mask=mask)[:, :, 3] == 0).all()
+
+
+@pytest.mark.parametrize("n", [3, 8, 17, 31, 63])
+@pytest.mark.parametrize("kernel", ["softmax", "softmax of long rows", "factors"])
+def test_sums_do_not_depend_on_where_arrays_lie(kernel: str, n: int) -> None:
+    """Results right behind the operands, and far away: LLVM has another loop for arrays that may overlap."""
+    found = []
+    for gap in (0, 1000):
+        memory = np.zeros(2 * n + gap, np.float32)
+        x, out = memory[:n], memory[n + gap :]
+        x[:] = np.random.default_rng(n).standard_normal(n)
+        if kernel == "softmax":
+            rows.kernel_softmax(x, n, out, n, 1, False, 1, 1)
+        elif kernel == "factors":
+            out[:] = np.random.default_rng(0).random(n)
+            few_rows.factors_of(x[None], out[None])
+        else:
+            rows.kernel_softmax_of_long_rows(x, n, out, n, 1, 1)
+        found.append((x.copy(), out.copy()))
+    np.testing.assert_array_equal(*found)
 
 
 @pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])

@@ -548,7 +548,7 @@ def _attend_few_queries(
     k, v = layout.readable(k), layout.readable(v)
     hides = mask is not None or (causal and q.shape[2] > 1)
     seen = np.broadcast_to(_NO_MASK if mask is None else mask, (*q.shape[:3], k.shape[2])) if hides else _NO_MASK
-    ranges = layout.key_ranges(k, few_rows.KEYS)
+    ranges = layout.key_ranges(k.shape[0] * k.shape[1], k.shape[2], few_rows.KEYS)
     parts = layout.count(k.shape[0] * k.shape[1] * ranges, k.size + v.size)
     scaled = np.multiply(q, q.dtype.type(scale), out=np.empty(q.shape, q.dtype))
     few_rows.kernel_attention(scaled, k, v, hides, causal, seen, out, ranges, parts)

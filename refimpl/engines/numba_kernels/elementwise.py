@@ -17,7 +17,7 @@ _CUBIC = 0.044715
 
 
 @njit(**STEP)
-def _activation_rows(kind, x, x_stride, out, width, first, last):
+def activation_rows(kind, x, x_stride, out, width, first, last):
     """Apply one activation to rows of a flat array; the last row may be shorter than `width`."""
     full_width()
     steep, cubic, zero = x.dtype.type(_TWICE_ROOT), x.dtype.type(_CUBIC), x.dtype.type(0)
@@ -41,11 +41,11 @@ def _activation_rows(kind, x, x_stride, out, width, first, last):
 @njit(**KERNEL)
 def kernel_activation(kind, x, x_stride, out, width, rows, parts):
     """Apply the activation `kind` to rows of `width` elements, `x_stride` apart; out is row-major."""
-    share(_activation_rows, (kind, x, x_stride, out, width), rows, parts)
+    share(activation_rows, (kind, x, x_stride, out, width), rows, parts)
 
 
 @njit(**STEP)
-def _gate_rows(smooth, a, a_stride, b, b_stride, out, width, first, last):
+def gate_rows(smooth, a, a_stride, b, b_stride, out, width, first, last):
     """Gate rows of flat arrays: ``a sigmoid(b)``, or ``a b sigmoid(b)`` when `smooth`."""
     full_width()
     for i in range(first, last):
@@ -62,11 +62,11 @@ def _gate_rows(smooth, a, a_stride, b, b_stride, out, width, first, last):
 @njit(**KERNEL)
 def kernel_gate(smooth, a, a_stride, b, b_stride, out, width, rows, parts):
     """Gate rows of `width` elements, `a_stride` and `b_stride` apart, as GLU or (`smooth`) as SwiGLU."""
-    share(_gate_rows, (smooth, a, a_stride, b, b_stride, out, width), rows, parts)
+    share(gate_rows, (smooth, a, a_stride, b, b_stride, out, width), rows, parts)
 
 
 @njit(**STEP)
-def _add_rows(x, x_stride, y, y_stride, period, scale, out, width, first, last):
+def sum_rows(x, x_stride, y, y_stride, period, scale, out, width, first, last):
     """Add ``scale`` times row ``i % period`` of y to row i of x."""
     full_width()
     factor = x.dtype.type(scale)
@@ -80,7 +80,7 @@ def _add_rows(x, x_stride, y, y_stride, period, scale, out, width, first, last):
 @njit(**KERNEL)
 def kernel_add(x, x_stride, y, y_stride, period, scale, out, width, rows, parts):
     """Add ``scale * y`` to x row by row, where y repeats every `period` rows."""
-    share(_add_rows, (x, x_stride, y, y_stride, period, scale, out, width), rows, parts)
+    share(sum_rows, (x, x_stride, y, y_stride, period, scale, out, width), rows, parts)
 
 
 @njit(**STEP)
@@ -125,7 +125,7 @@ def _rotate_neighbours(x, cos, sin, out):
 
 
 @njit(**STEP)
-def _rotary_rows(x, strides, cos, sin, interleaved, out, heads, length, first, last):
+def rotary_rows(x, strides, cos, sin, interleaved, out, heads, length, first, last):
     """Rotate rows of x (B, H, T, D) by the angles of their t."""
     half = cos.size // length
     t, h, b = first % length, first // length % heads, first // (length * heads)
@@ -146,4 +146,4 @@ def _rotary_rows(x, strides, cos, sin, interleaved, out, heads, length, first, l
 @njit(**KERNEL)
 def kernel_rotary(x, strides, cos, sin, interleaved, out, heads, length, rows, parts):
     """Rotate x (B, H, T, D), flat with the strides of three axes; cos and sin (T * D / 2,), out row-major."""
-    share(_rotary_rows, (x, strides, cos, sin, interleaved, out, heads, length), rows, parts)
+    share(rotary_rows, (x, strides, cos, sin, interleaved, out, heads, length), rows, parts)

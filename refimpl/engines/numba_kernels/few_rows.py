@@ -52,7 +52,7 @@ def _stride(x, axis):
 
 
 @njit(**STEP)
-def _linear_units(x, w, bias, out, first, last):
+def linear_units(x, w, bias, out, first, last):
     """Set the columns of out (rows, d_out) that belong to some units of rows of w."""
     (d_out, d_in), w_stride, out_stride = w.shape, _stride(w, 0), _stride(out, 0)
     start, stop = first * UNIT, min(last * UNIT, d_out)
@@ -68,7 +68,7 @@ def _linear_units(x, w, bias, out, first, last):
 @any_strides(read(2), read(2), read(1), write(2), types.intp)
 def kernel_linear(x, w, bias, out, parts):
     """Set ``out = x wᵀ + bias``: x (rows, d_in), w (d_out, d_in), bias (d_out,) or (0,), out (rows, d_out)."""
-    share(_linear_units, (x, w, bias, out), (len(w) + UNIT - 1) // UNIT, parts)
+    share(linear_units, (x, w, bias, out), (len(w) + UNIT - 1) // UNIT, parts)
 
 
 # --- heads ----------------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def _row(x, head, t):
 
 
 @njit(**STEP)
-def _score_items(q, k, out, M, ranges, first, last):
+def score_items(q, k, out, M, ranges, first, last):
     """Set the scores of some items."""
     Tk, D = k.shape[2:]
     for item in range(first, last):
@@ -105,11 +105,11 @@ def _score_items(q, k, out, M, ranges, first, last):
 def kernel_scores(q, k, out, ranges, parts):
     """Set ``out = q kᵀ``: out (B, H, Tq, Tk) without gaps."""
     heads, M = k.shape[0] * k.shape[1], q.shape[1] // k.shape[1] * q.shape[2]
-    share(_score_items, (q, k, out, M, ranges), heads * ranges, parts)
+    share(score_items, (q, k, out, M, ranges), heads * ranges, parts)
 
 
 @njit(**STEP)
-def _sum_items(p, v, sums, M, ranges, first, last):
+def sum_items(p, v, sums, M, ranges, first, last):
     """Add the weighted values of some items to sums (items * M * Dv,)."""
     Tk, Dv = v.shape[2:]
     for item in range(first, last):
@@ -119,7 +119,7 @@ def _sum_items(p, v, sums, M, ranges, first, last):
 
 
 @njit(**STEP)
-def _combine(sums, factors, out, M):
+def combine(sums, factors, out, M):
     """Set each row of out (B, H, Tq, Dv) to its items' sums (items * M * Dv,) times factors (rows, ranges)."""
     (rows, ranges), (Tq, Dv) = factors.shape, out.shape[2:]
     for row in range(rows):
@@ -136,8 +136,8 @@ def kernel_weighted_sum(p, v, out, ranges, parts):
     """Set ``out = P v``: P (B, H, Tq, Tk) without gaps, out (B, H, Tq, Dv)."""
     heads, rows = v.shape[0] * v.shape[1], p.shape[0] * p.shape[1] * p.shape[2]
     sums = np.zeros(ranges * rows * v.shape[3], v.dtype)
-    share(_sum_items, (p, v, sums, rows // heads, ranges), heads * ranges, parts)
-    _combine(sums, np.ones((rows, ranges), v.dtype), out, rows // heads)
+    share(sum_items, (p, v, sums, rows // heads, ranges), heads * ranges, parts)
+    combine(sums, np.ones((rows, ranges), v.dtype), out, rows // heads)
 
 
 @njit(**STEP)
@@ -175,7 +175,7 @@ def weigh(scores, largest, total):
 
 
 @njit(**STEP)
-def _attend_items(q, k, v, hides, causal, mask, sums, maxima, totals, first, last):
+def attend_items(q, k, v, hides, causal, mask, sums, maxima, totals, first, last):
     """Set what some items contribute: sums (items * M * Dv,) of values, maxima and totals (rows, ranges) of weights."""
     (Tk, D), Dv, (rows, ranges) = k.shape[2:], v.shape[3], maxima.shape
     M = rows // (k.shape[0] * k.shape[1])
@@ -200,12 +200,13 @@ def _attend_items(q, k, v, hides, causal, mask, sums, maxima, totals, first, las
 
 
 @njit(**STEP)
-def _factors(maxima, totals):
+def factors_of(maxima, totals):
     """Turn the maxima m_r (rows, ranges) into factors ``exp(m_r - m) / l``, in place; 0 in a row that sees no key."""
     for row in range(len(maxima)):
         largest, total = np.max(maxima[row]), maxima.dtype.type(0)
         for r in range(maxima.shape[1]):
             maxima[row, r] = 0 if largest == -np.inf else exp(maxima[row, r] - largest)
+        for r in range(maxima.shape[1]):
             total += maxima[row, r] * totals[row, r]
         for r in range(maxima.shape[1]):
             maxima[row, r] /= 1 if largest == -np.inf else total
@@ -217,6 +218,6 @@ def kernel_attention(q, k, v, hides, causal, mask, out, ranges, parts):
     heads, rows = k.shape[0] * k.shape[1], q.shape[0] * q.shape[1] * q.shape[2]
     sums = np.empty(ranges * rows * v.shape[3], q.dtype)
     maxima, totals = np.empty((rows, ranges), q.dtype), np.empty((rows, ranges), q.dtype)
-    share(_attend_items, (q, k, v, hides, causal, mask, sums, maxima, totals), heads * ranges, parts)
-    _factors(maxima, totals)
-    _combine(sums, maxima, out, rows // heads)
+    share(attend_items, (q, k, v, hides, causal, mask, sums, maxima, totals), heads * ranges, parts)
+    factors_of(maxima, totals)
+    combine(sums, maxima, out, rows // heads)

@@ -144,7 +144,6 @@ def few_queries(q: Array, k: Array) -> bool:
     return bool(q.shape[1] * q.shape[2] <= FEW_ROWS * k.shape[1])
 
 
-def key_ranges(k: Array, keys: int) -> int:
-    """Into how many ranges the keys of a head are cut: of about `keys` keys, unless that makes too many parts."""
-    batch, heads, length, _ = k.shape
-    return max(1, min(-(-length // keys), -(-MOST_PARTS // max(1, batch * heads))))
+def key_ranges(heads: int, length: int, keys: int) -> int:
+    """Into how many ranges the keys of a head are cut: of about `keys` keys, unless all heads make too many parts."""
+    return max(1, min(-(-length // keys), -(-MOST_PARTS // max(1, heads))))

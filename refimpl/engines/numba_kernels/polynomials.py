@@ -82,7 +82,10 @@ def maximum(a: Any, b: Any) -> Any:
 
 
 def accumulate(total: Any, x: Any) -> Any:
-    """``total + x`` in a loop whose sums may be taken in any order, so that LLVM vectorises it."""
+    """``total + x`` in a loop whose sums may be taken in any order, so that LLVM vectorises it.
+
+    The function around it is never inlined: the order would differ with the vectors of the function it ends up in.
+    """
     return total + x
 
 
@@ -218,6 +221,7 @@ def _lower_maximum(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> 
 
 @lower_builtin(accumulate, types.Float, types.Float)
 def _lower_accumulate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+    builder.function.attributes.add("noinline")
     return builder.fadd(*args, flags=("reassoc", "contract"))
 
 

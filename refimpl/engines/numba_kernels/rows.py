@@ -23,11 +23,11 @@ def _softmax_row(x, out):
     if largest == -np.inf:
         out[:] = 0
         return
+    for j in range(x.size):
+        out[j] = exp(x[j] - largest)
     total = x.dtype.type(0)
     for j in range(x.size):
-        e = exp(x[j] - largest)
-        out[j] = e
-        total = accumulate(total, e)
+        total = accumulate(total, out[j])
     scale = x.dtype.type(1) / total
     for j in range(x.size):
         out[j] *= scale
@@ -40,7 +40,7 @@ def _visible(i, q_len, k_len):
 
 
 @njit(**STEP)
-def _softmax_rows(x, x_stride, out, k_len, q_len, causal, rows, lanes, first, last):
+def softmax_rows(x, x_stride, out, k_len, q_len, causal, rows, lanes, first, last):
     """Softmax of rows lane, lane + lanes, lane + 2 lanes, ... for each lane from `first` to `last`."""
     for lane in range(first, last):
         for i in range(lane, rows, lanes):
@@ -55,7 +55,7 @@ def kernel_softmax(x, x_stride, out, k_len, q_len, causal, rows, parts):
 
     Rows are dealt out in turn: under a causal mask all parts then have the same work.
     """
-    share(_softmax_rows, (x, x_stride, out, k_len, q_len, causal, rows, parts), parts, parts)
+    share(softmax_rows, (x, x_stride, out, k_len, q_len, causal, rows, parts), parts, parts)
 
 
 @njit(**STEP)
@@ -71,9 +71,9 @@ def _exponentiate_ranges(x, x_stride, out, maxima, totals, k_len, ranges, first,
             largest = maximum(largest, part[j])
         shift, total = x.dtype.type(0) if largest == -np.inf else largest, x.dtype.type(0)
         for j in range(part.size):
-            e = exp(part[j] - shift)
-            y[j] = e
-            total = accumulate(total, e)
+            y[j] = exp(part[j] - shift)
+        for j in range(part.size):
+            total = accumulate(total, y[j])
         maxima[item], totals[item] = largest, total
 
 
@@ -99,13 +99,14 @@ def kernel_softmax_of_long_rows(x, x_stride, out, k_len, rows, parts):
         largest, total = np.max(maxima[own]), x.dtype.type(0)
         for item in range(row * ranges, (row + 1) * ranges):
             maxima[item] = 0 if largest == -np.inf else exp(maxima[item] - largest)
+        for item in range(row * ranges, (row + 1) * ranges):
             total += maxima[item] * totals[item]
         maxima[own] /= 1 if largest == -np.inf else total
     share(_scale_ranges, (out, maxima, k_len, ranges), rows * ranges, parts)
 
 
 @njit(**STEP)
-def _layer_norm_rows(x, x_stride, weight, bias, eps, out, first, last):
+def layer_norm_rows(x, x_stride, weight, bias, eps, out, first, last):
     """Normalise rows (d,), `x_stride` apart: one pass for the mean, one for the variance, one to write."""
     full_width()
     width = weight.size
@@ -126,11 +127,11 @@ def _layer_norm_rows(x, x_stride, weight, bias, eps, out, first, last):
 @njit(**KERNEL)
 def kernel_layer_norm(x, x_stride, weight, bias, eps, out, rows, parts):
     """Layer norm of rows (d,), `x_stride` apart; weight and bias (d,), out row-major."""
-    share(_layer_norm_rows, (x, x_stride, weight, bias, eps, out), rows, parts)
+    share(layer_norm_rows, (x, x_stride, weight, bias, eps, out), rows, parts)
 
 
 @njit(**STEP)
-def _rms_norm_rows(x, x_stride, weight, eps, out, first, last):
+def rms_norm_rows(x, x_stride, weight, eps, out, first, last):
     """Divide rows (d,) by their root mean square, then scale."""
     full_width()
     width = weight.size
@@ -147,7 +148,7 @@ def _rms_norm_rows(x, x_stride, weight, eps, out, first, last):
 @njit(**KERNEL)
 def kernel_rms_norm(x, x_stride, weight, eps, out, rows, parts):
     """RMS norm of rows (d,), `x_stride` apart; weight (d,), out row-major."""
-    share(_rms_norm_rows, (x, x_stride, weight, eps, out), rows, parts)
+    share(rms_norm_rows, (x, x_stride, weight, eps, out), rows, parts)
 
 
 @njit(**STEP)

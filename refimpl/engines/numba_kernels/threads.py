@@ -29,11 +29,15 @@ def count() -> int:
     return int(numba.get_num_threads())
 
 
+def most() -> int:
+    """The most threads that kernels can use."""
+    return int(numba.config.NUMBA_NUM_THREADS)
+
+
 def set_count(n: int) -> None:
     """Use `n` threads in kernels and in BLAS."""
-    most = int(numba.config.NUMBA_NUM_THREADS)
-    if not 1 <= n <= most:
-        message = f"threads must be 1 to {most} on this machine, not {n}; NUMBA_NUM_THREADS raises the limit"
+    if not 1 <= n <= most():
+        message = f"threads must be 1 to {most()} on this machine, not {n}; NUMBA_NUM_THREADS raises the limit"
         raise ConfigError(message)
     numba.set_num_threads(n)
     ThreadpoolController().limit(limits=n, user_api="blas")

@@ -17,6 +17,7 @@ Numba's disk cache watches only the file of the outermost function: after editin
 from __future__ import annotations
 
 import math
+import os
 import platform
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -264,12 +265,13 @@ def _product_tile(
 
 @intrinsic
 def pointer(typingctx: Any, address: Any, like: Any) -> Any:
-    """Turn an address into a pointer to numbers of the type of `like`."""
+    """Turn an address into a pointer to numbers of the type of `like`, a number or a pointer."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
-    return types.CPointer(like)(address, like), codegen
+    kind = like if isinstance(like, types.CPointer) else types.CPointer(like)
+    return kind(address, like), codegen
 
 
 @intrinsic
@@ -291,6 +293,55 @@ def fetch_add(typingctx: Any, counter: Any) -> Any:
         return builder.atomic_rmw("add", place, ir.IntType(64)(1), "monotonic")
 
     return types.int64(types.intp), codegen
+
+
+@intrinsic
+def finish(typingctx: Any, counter: Any) -> Any:
+    """Add one to the int64 at an address; whoever reads that by `finished` sees all that was written before."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        place = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        builder.atomic_rmw("add", place, ir.IntType(64)(1), "release")
+        return context.get_dummy_value()
+
+    return types.void(types.intp), codegen
+
+
+@intrinsic
+def finished(typingctx: Any, counter: Any) -> Any:
+    """Read the int64 at an address to which others add by `finish`."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        place = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.load_atomic(place, "acquire", 8)
+
+    return types.int64(types.intp), codegen
+
+
+@intrinsic
+def relax(typingctx: Any) -> Any:
+    """Tell the processor that this loop waits, where it has a word for that."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        if platform.machine().lower() in ("x86_64", "amd64"):
+            kind = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def give_way(typingctx: Any) -> Any:
+    """Let another thread have this core, where the C library can (POSIX)."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        if os.name == "posix":
+            kind = ir.FunctionType(ir.IntType(32), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "sched_yield"), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
 
 
 @intrinsic
@@ -657,15 +708,16 @@ def note_reaching(typingctx: Any, out: Any, x: Any, first: Any, threshold: Any) 
 
 
 @intrinsic
-def _invoke(typingctx: Any, function: Any, thread: Any, argument: Any) -> Any:
-    """Call the C function ``void (*)(intp thread, void *argument)`` at an address."""
+def invoke(typingctx: Any, function: Any, arguments: Any) -> Any:
+    """Call the C function at an address, which returns nothing, with a tuple of integers or addresses."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        kind = ir.FunctionType(ir.VoidType(), [args[1].type, args[2].type])
-        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+        values = cgutils.unpack_tuple(builder, args[1])
+        kind = ir.FunctionType(ir.VoidType(), [value.type for value in values])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), values)
         return context.get_dummy_value()
 
-    return types.void(types.intp, types.intp, types.intp), codegen
+    return types.void(types.intp, types.UniTuple(types.intp, len(arguments))), codegen
 
 
 @njit(parallel=True, nogil=True, cache=True)
@@ -677,7 +729,7 @@ def run_on_threads(threads: int, function: int, argument: int) -> None:
     loop serves all.
     """
     for thread in prange(threads):
-        _invoke(function, np.intp(thread), argument)
+        invoke(function, (np.intp(thread), argument))
 
 
 @intrinsic
@@ -706,5 +758,5 @@ def run_parts(parts: int, function: int, argument: int, taken: int) -> None:
             first, last = owner * parts // threads, (owner + 1) * parts // threads
             part = first + fetch_add(taken + 8 * owner)
             while part < last:
-                _invoke(function, np.intp(part), argument)
+                invoke(function, (np.intp(part), argument))
                 part = first + fetch_add(taken + 8 * owner)
