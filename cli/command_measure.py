@@ -56,7 +56,7 @@ def command(
       effref measure
       effref measure --method reuse --set reuse.group=3 --seq 512,2048 --plot reuse.svg
       effref measure --model smollm2-135m --phase decode --kv-len 256,1024 --method dense,kvsharer
-      effref measure --model smollm2-135m --phase decode --kv-len 256 --steps 1 --graph
+      effref measure --model smollm2-135m --phase decode --kv-len 256 --graph
       effref measure --model bert-base --device gpu --format json --output bert.json
       effref measure --seq 64,128 --device gpu --graph --l2 cold
       effref measure --seq 512 --fail-above 15

@@ -289,7 +289,7 @@ def test_a_cold_cache_is_overwritten_before_each_pass(on_gpu, cupy, monkeypatch)
     ("words", "said"),
     [
         ("--l2 cold --engine numpy", "--l2 cold is for GPUs: add --device gpu"),
-        ("--graph --engine numpy", "--graph is for GPUs: add --device gpu"),
+        ("--graph --engine numba", "--graph is for GPUs and, on the CPU, for decoding with the engine 'numba'"),
         ("--fuse --device gpu", "--fuse is for the passes of --graph"),
         ("--l2 col --device gpu", "did you mean 'cold'"),
         ("--graph --device gpu --phase decode --model smollm2-135m --steps 2", "--graph replays one pass"),

@@ -8,6 +8,7 @@ import effref as package
 import numpy as np
 import pytest
 
+from refimpl.engines.recorded_step import RecordedStep
 from refimpl.errors import InputError, MissingDependencyError
 
 from .conftest import RUN, TINY, error_of, profile
@@ -62,6 +63,38 @@ def test_decoding(effref, calibrated) -> None:
     text = effref(*DECODE, "--quiet").stdout
     assert "S=4" in text
     assert "measured tokens/s" in text
+
+
+def test_recorded_steps_are_timed(effref, calibrated, monkeypatch) -> None:
+    """Totals of one compiled call a step, components of ordinary steps, the same numbers from both."""
+    recorded = []
+    original = RecordedStep.__call__
+    monkeypatch.setattr(RecordedStep, "__call__", lambda self, ids, at: recorded.append(at) or original(self, ids, at))
+    words = [*DECODE, "--engine", "numba", "--method", "dense,reuse", "--graph"]
+    found = in_json(effref(*words, "--format", "json"))
+    assert found["config"]["graph"]
+    assert recorded.count(4) == 3 * (1 + 2)  # of dense, flash and reuse: a warm-up and two repeats
+    assert recorded.count(9) in (3 * 2, 3 * (1 + 2))
+    assert all(one["components"][0]["measured_s"]["n"] == 2 for one in found["results"] if one["method"] == "dense")
+    assert {one["fidelity"]["max_abs"] for one in found["results"] if one["method"] == "dense"} == {0}
+    assert any("recorded and run as one compiled call" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--method", "latte"],
+            "latte: the step cannot be recorded on the CPU: the op 'filtered_attention' has no instruction",
+        ),
+        (["--steps", "2"], "--graph replays one pass: give --steps 1"),
+        (["--batch", "9"], "the step cannot be recorded on the CPU: it has 9 sequences, and up to 8 can be recorded"),
+        (["--engine", "numpy"], "--graph is for GPUs and, on the CPU, for decoding with the engine 'numba'"),
+        (["--fuse"], "--fuse is for GPUs: add --device gpu"),
+    ],
+)
+def test_what_cannot_be_recorded_is_refused_in_one_line(effref, calibrated, words, said) -> None:
+    assert said in error_of(effref(*DECODE, "--engine", "numba", "--graph", *words))
 
 
 def test_cache_is_not_grown_by_passes(effref, calibrated, monkeypatch) -> None:
