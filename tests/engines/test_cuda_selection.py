@@ -245,7 +245,7 @@ def test_points_are_shared_without_empty_blocks(count):
     blocks, span, launch = stored.blocks_of_points(count)
     assert launch.grid == (blocks,)
     assert (blocks - 1) * span < count <= blocks * span
-    assert blocks <= selection.BLOCKS
+    assert blocks <= shapes.BLOCKS
 
 
 # --- copies ---------------------------------------------------------------------------------------------------------
