@@ -14,10 +14,9 @@
 // Shared      q times the scale: R D values; and at the end one row of each warp, to add them up.
 // Ranges      leave their maximum m, sum l and unscaled out o; `combine` adds e^(m - max m) o and e^(m - max m) l.
 #include "online_softmax.cuh"
+#include "packs.cuh"
 
 const int WARPS = 4;
-
-template <typename T> struct alignas(16) Column { T at[16 / sizeof(T)]; };
 
 template <typename A> __device__ A greater_of(A a, A b) { return b > a ? b : a; }  // a where b is not a number
 
@@ -64,16 +63,16 @@ __global__ void __launch_bounds__(128) kernel_decode(
     for (int r = 0; r < R; ++r) maximum[r] = minus_infinity<A>();
 
     for (int base = begin; base < end; base += TEAMS * KEYS) {
-        Column<T> held_k[KEYS][C], held_v[KEYS][C];
+        Pack<T, V> held_k[KEYS][C], held_v[KEYS][C];
 #pragma unroll
         for (int i = 0; i < KEYS; ++i)
 #pragma unroll
             for (int c = 0; c < C; ++c) {
                 int key = base + i * TEAMS + team, at = column + c * L * V;
-                held_k[i][c] = held_v[i][c] = Column<T>{};
+                held_k[i][c] = held_v[i][c] = Pack<T, V>{};
                 if (key < end && at < columns) {
-                    held_k[i][c] = *reinterpret_cast<const Column<T>*>(k + key * k_row + at);
-                    held_v[i][c] = *reinterpret_cast<const Column<T>*>(v + key * v_row + at);
+                    held_k[i][c] = load<V>(k + key * k_row + at);
+                    held_v[i][c] = load<V>(v + key * v_row + at);
                 }
             }
 #pragma unroll
@@ -87,7 +86,7 @@ __global__ void __launch_bounds__(128) kernel_decode(
 #pragma unroll
                     for (int e = 0; e < V; ++e) s[i] += queries[r][column + c * L * V + e] * A(held_k[i][c].at[e]);
 #pragma unroll
-                for (int by = L / 2; by; by /= 2) s[i] += __shfl_xor_sync(~0u, s[i], by);
+                for (int by = L / 2; by; by /= 2) s[i] += __shfl_xor_sync(ALL_LANES, s[i], by);
                 int key = base + i * TEAMS + team;
                 bool seen = key < end && key >= lowest[r] && key <= highest[r];
                 if (seen && masked) seen = mask[mask_row[r] + key * m_key];
@@ -118,18 +117,18 @@ __global__ void __launch_bounds__(128) kernel_decode(
     for (int r = 0; r < R; ++r) {
         A best = maximum[r];  // the teams of a warp first
 #pragma unroll
-        for (int by = L; by < 32; by *= 2) best = greater_of(best, __shfl_xor_sync(~0u, best, by));
+        for (int by = L; by < 32; by *= 2) best = greater_of(best, __shfl_xor_sync(ALL_LANES, best, by));
         A kept = exponential(maximum[r] - subtracted(best));
         sum[r] *= kept;
 #pragma unroll
-        for (int by = L; by < 32; by *= 2) sum[r] += __shfl_xor_sync(~0u, sum[r], by);
+        for (int by = L; by < 32; by *= 2) sum[r] += __shfl_xor_sync(ALL_LANES, sum[r], by);
 #pragma unroll
         for (int c = 0; c < C; ++c)
 #pragma unroll
             for (int e = 0; e < V; ++e) {
                 A value = o[r][c][e] * kept;
 #pragma unroll
-                for (int by = L; by < 32; by *= 2) value += __shfl_xor_sync(~0u, value, by);
+                for (int by = L; by < 32; by *= 2) value += __shfl_xor_sync(ALL_LANES, value, by);
                 if (lane < L) sums[warp][column + c * L * V + e] = value;
             }
         if (lane == 0) sums[warp][D] = best, sums[warp][D + 1] = sum[r];

@@ -261,8 +261,8 @@ __global__ void __launch_bounds__(128, 2) kernel_filtered_map(
                         int half = e / 2, place = 8 * n + 2 * t + e % 2;
                         int key = tile + chunk + place;
                         bool keeps = warp.kept[half] >> place & 1;
-                        A shift = warp.maximum[half] == minus_infinity<A>() ? A(0) : warp.maximum[half];
-                        A weight = keeps ? exp2((s[n][e] - shift) * warp.unit[half]) * factor[half] : A(0);
+                        A distance = s[n][e] - subtracted(warp.maximum[half]);
+                        A weight = keeps ? exp2(distance * warp.unit[half]) * factor[half] : A(0);
                         if (key < k_len && warp.first + g + 8 * half < warp.rows) to[half][key] = T(weight);
                     }
                 }
@@ -271,7 +271,7 @@ __global__ void __launch_bounds__(128, 2) kernel_filtered_map(
         if (pass) break;
         warp.end();
         for (int half = 0; half < 2; ++half) {
-            factor[half] = warp.sum[half] == 0 ? A(0) : 1 / warp.sum[half];
+            factor[half] = reciprocal(warp.sum[half]);
             Index head = part.group * per_group + (warp.first + g + 8 * half) / q_len;
             if (t == 0 && warp.count[half]) {
                 atomicAdd(counts + part.b * heads + head, (unsigned long long) warp.count[half]);

@@ -1,7 +1,7 @@
 // What the kernels of filtered attention share: tiles, estimates and products of codes, and which keys are kept.
 #pragma once
+#include "online_softmax.cuh"
 #include "packs.cuh"
-#include "prelude.cuh"
 #include "reduce.cuh"
 #include "tensor_cores.cuh"
 
@@ -108,11 +108,6 @@ template <bool NEAREST, bool WHOLE> __device__ void multiply(
     }
 }
 
-template <typename N> __device__ N quad_largest(N value) {
-    value = larger(value, __shfl_xor_sync(WARP, value, 1));
-    return larger(value, __shfl_xor_sync(WARP, value, 2));
-}
-
 // --- kept keys ------------------------------------------------------------------------------------------------------
 
 // A warp that weighs keys: its rows, and of the two that a lane looks after what they see, keep and have added up.
@@ -146,16 +141,16 @@ template <typename T, typename A> struct Weigher {
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            kept[half] |= __shfl_xor_sync(WARP, kept[half], 1);
-            kept[half] |= __shfl_xor_sync(WARP, kept[half], 2);
+            kept[half] |= __shfl_xor_sync(ALL_LANES, kept[half], 1);
+            kept[half] |= __shfl_xor_sync(ALL_LANES, kept[half], 2);
         }
-        if (!__any_sync(WARP, kept[0] | kept[1])) return false;
+        if (!__any_sync(ALL_LANES, kept[0] | kept[1])) return false;
         if (exact) multiply_rows(key, s);
         return true;
     }
 
     // A number of row g of a half, which four lanes have, in all lanes.
-    template <typename N> __device__ static N of_row(N value, int g) { return __shfl_sync(WARP, value, 4 * g); }
+    template <typename N> __device__ static N of_row(N value, int g) { return __shfl_sync(ALL_LANES, value, 4 * g); }
 
     __device__ void multiply_rows(int key, A (&s)[4][4]) {
 #pragma unroll 1
@@ -201,7 +196,7 @@ template <typename T, typename A> struct Weigher {
             most = quad_largest(most);
             bool none = maximum[half] == minus_infinity<A>();
             alpha[half] = none ? A(0) : exp2((maximum[half] - most) * unit[half]);
-            shift[half] = most == minus_infinity<A>() ? A(0) : most;
+            shift[half] = subtracted(most);
             maximum[half] = most, sum[half] *= alpha[half];
             if (t == 0) count[half] += __popc(kept[half]);
         }
@@ -219,10 +214,7 @@ template <typename T, typename A> struct Weigher {
     // The sums of rows g and g + 8 over all lanes that have a part of them.
     __device__ void end() {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            sum[half] += __shfl_xor_sync(WARP, sum[half], 1);
-            sum[half] += __shfl_xor_sync(WARP, sum[half], 2);
-        }
+        for (int half = 0; half < 2; ++half) sum[half] = quad_sum(sum[half]);
     }
 };
 

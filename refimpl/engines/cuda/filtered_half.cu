@@ -26,12 +26,6 @@ __device__ void load_values(__half* to, const __half* v, Index v_row, int count,
     }
 }
 
-// Two weights as one register of a fragment.
-__device__ unsigned pair(float first, float second) {
-    Pack<__half, 2> pack = {{__half(first), __half(second)}};
-    return *reinterpret_cast<unsigned*>(&pack);
-}
-
 // Multiply the sums (TILE, v_width) of a warp's rows by alpha and add p v: p (16, 32) as soften leaves it, v (32, v_width).
 __device__ void add_products(
     const Weigher<__half, float>& warp, const float (&p)[4][4], float* sums, const __half* v, int v_width
@@ -41,7 +35,10 @@ __device__ void add_products(
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) a[k][i] = pair(p[2 * k + i / 2][2 * (i % 2)], p[2 * k + i / 2][2 * (i % 2) + 1]);
+        for (int i = 0; i < 4; ++i) {
+            const float* two = p[2 * k + i / 2] + 2 * (i % 2);
+            a[k][i] = two_halves(two[0], two[1]);
+        }
     }
     for (int c = 0; c < v_width; c += 8) {
         float* upper = sums + g * stride + c + 2 * t;

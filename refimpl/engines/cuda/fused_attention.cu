@@ -19,6 +19,7 @@
 //             rounding of c m is that of all keys of a tile alike. The scale is positive: the host turns q's sign.
 // Copies      cp.async of the next K and V runs while this tile is computed: one barrier per tile.
 #include "online_softmax.cuh"
+#include "reduce.cuh"
 #include "tensor_cores.cuh"
 
 const int WARPS = 4;
@@ -55,11 +56,6 @@ template <int D> __device__ void keys_operand(unsigned (&b)[4], const __half* ti
 template <int D> __device__ void values_operand(unsigned (&b)[4], const __half* tile, int key, int column) {
     int lane = threadIdx.x % 32;
     ldmatrix_x4_trans(b, tile + (key + lane % 16) * (D + 8) + column + lane / 16 * 8);
-}
-
-__device__ unsigned two_halves(float low, float high) {
-    __half2 pair = __floats2half2_rn(low, high);
-    return *reinterpret_cast<unsigned*>(&pair);
 }
 
 // q (B, H, q_len, width), k, v (B or 1, groups, k_len, width) by strides, width a multiple of 8 up to D, rows aligned to
@@ -180,8 +176,8 @@ __global__ void __launch_bounds__(128) kernel_fused(
                 float best = maximum[r][half];
 #pragma unroll
                 for (int n = 0; n < KEYS / 8; ++n) best = fmaxf(best, fmaxf(s[r][n][2 * half], s[r][n][2 * half + 1]));
-                best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
-                best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
+                best = fmaxf(best, __shfl_xor_sync(ALL_LANES, best, 1));
+                best = fmaxf(best, __shfl_xor_sync(ALL_LANES, best, 2));
                 float c = float(factor), minus = subtracted(best) * c;
                 float kept = power_of_two(maximum[r][half] * c - minus), added = 0;
                 maximum[r][half] = best;
@@ -226,10 +222,7 @@ __global__ void __launch_bounds__(128) kernel_fused(
     for (int r = 0; r < STRIPES; ++r)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float total = sum[r][half];
-            total += __shfl_xor_sync(~0u, total, 1);
-            total += __shfl_xor_sync(~0u, total, 2);
-            float share = reciprocal(total);
+            float share = reciprocal(quad_sum(sum[r][half]));
             __half* to = q_tile + (stripe_row + 16 * r + 8 * half + lane / 4) * (D + 8) + lane % 4 * 2;
 #pragma unroll
             for (int n = 0; n < D / 8; ++n) {

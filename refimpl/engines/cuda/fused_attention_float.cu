@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(256) kernel_fused_float(
         for (int r = 0; r < 4; ++r) {
             float best = fmaxf(maximum[r], fmaxf(fmaxf(s[r][0], s[r][1]), fmaxf(s[r][2], s[r][3])));
 #pragma unroll
-            for (int by = 8; by; by /= 2) best = fmaxf(best, __shfl_xor_sync(WARP, best, by));
+            for (int by = 8; by; by /= 2) best = fmaxf(best, __shfl_xor_sync(ALL_LANES, best, by));
             float minus = subtracted(best), kept = exponential(maximum[r] - minus);
             maximum[r] = best, sum[r] *= kept;
 #pragma unroll
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(256) kernel_fused_float(
     for (int r = 0; r < 4; ++r) {
         float total = sum[r];
 #pragma unroll
-        for (int by = 8; by; by /= 2) total += __shfl_xor_sync(WARP, total, by);
+        for (int by = 8; by; by /= 2) total += __shfl_xor_sync(ALL_LANES, total, by);
         float share = reciprocal(total);
         int row = first_row + 4 * y + r;
         if (row >= rows) continue;

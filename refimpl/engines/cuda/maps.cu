@@ -64,7 +64,7 @@ const int HELD = 16;  // numbers of a row in each thread
 
 // What f makes of the values of all threads of a team: blockDim.x of them, in whole warps; cells holds one for each warp.
 template <typename A, typename F> __device__ A of_team(A value, A* cells, F f) {
-    for (int by = 16; by; by /= 2) value = f(value, __shfl_xor_sync(WARP, value, by));
+    for (int by = 16; by; by /= 2) value = f(value, __shfl_xor_sync(ALL_LANES, value, by));
     if (blockDim.x == 32) return value;
     __syncthreads();  // the cells may still be read
     if (threadIdx.x % 32 == 0) cells[threadIdx.x / 32] = value;
@@ -73,8 +73,6 @@ template <typename A, typename F> __device__ A of_team(A value, A* cells, F f) {
     for (int warp = 1; warp < blockDim.x / 32; ++warp) value = f(value, cells[warp]);
     return value;
 }
-struct Larger { template <typename A> __device__ A operator()(A a, A b) const { return larger(a, b); } };
-struct Sum { template <typename A> __device__ A operator()(A a, A b) const { return a + b; } };
 
 template <typename S, typename T>
 __global__ void __launch_bounds__(1024) kernel_softmax(

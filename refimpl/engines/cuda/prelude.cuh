@@ -14,6 +14,8 @@ typedef long long Index;
 template <typename T> struct Wide { typedef T type; };
 template <> struct Wide<__half> { typedef float type; };
 
+enum : unsigned { ALL_LANES = 0xffffffff };  // of a warp
+
 template <typename A> __device__ A minus_infinity() { return A(__int_as_float(0xff800000)); }
 
 __device__ Index this_row() { return (Index) blockIdx.x * blockDim.y + threadIdx.y; }

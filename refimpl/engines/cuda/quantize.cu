@@ -5,7 +5,7 @@
 //
 // bytes:    2 T D sizeof(T) read and T D written per head; 16 bytes per lane where rows allow
 #include "packs.cuh"
-#include "prelude.cuh"
+#include "reduce.cuh"
 
 // Without their sign, bits of floating-point numbers are in the order of the numbers, NaN above all.
 __device__ unsigned size_bits(float x) { return __float_as_uint(x) & 0x7fffffff; }
@@ -14,17 +14,6 @@ template <typename T> struct Bits { typedef unsigned type; };
 template <> struct Bits<double> { typedef unsigned long long type; };
 __device__ float of_bits(unsigned bits) { return __uint_as_float(bits); }
 __device__ double of_bits(unsigned long long bits) { return __longlong_as_double(bits); }
-
-template <typename U> __device__ U block_most(U value, U* cells) {
-    __syncthreads();
-    cells[threadIdx.x] = value;
-    for (int half = blockDim.x / 2; half > 0; half /= 2) {
-        __syncthreads();
-        if (threadIdx.x < half) cells[threadIdx.x] = max(cells[threadIdx.x], cells[threadIdx.x + half]);
-    }
-    __syncthreads();
-    return cells[0];
-}
 
 // The largest |x| of a block's part of a head. x (maps, length, width) by strides.
 template <typename T, int N> __device__ typename Bits<T>::type part_most(
@@ -40,7 +29,7 @@ template <typename T, int N> __device__ typename Bits<T>::type part_most(
 #pragma unroll
         for (int n = 0; n < N; ++n) most = max(most, size_bits(A(pack.at[n])));
     }
-    return block_most(most, cells);
+    return of_block(most, cells, Larger());
 }
 
 // The largest |x| of each head as bits, in `most` (maps), which was zero.

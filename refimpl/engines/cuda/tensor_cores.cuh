@@ -96,4 +96,11 @@ template <int N> __device__ __forceinline__ void copy_async_wait() {
 }
 
 #endif
+
+// Two numbers of f16 as a register of a fragment.
+__device__ unsigned two_halves(float low, float high) {
+    __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<unsigned*>(&pair);
+}
+
 #endif
