@@ -36,7 +36,7 @@ __global__ void kernel_maxima(
     Index m_head, Index m_row, Index m_key
 ) {
     DYNAMIC_SHARED(signed char, shared);
-    int stride = (int(width) + 31) / 32 * 32 + PAD, thread = threadIdx.y * 32 + threadIdx.x;
+    int stride = (int(width) + 31) / 32 * 32 + PAD;
     Index per_group = heads / groups, rows = per_group * q_len;
     Part part = part_of(groups, rows, q_len, k_len, tiles, splits, span, causal);
     Rows<const signed char> queries = {q + part.b * q_batch + part.group * per_group * q_head, q_head, q_row, q_len};
@@ -53,24 +53,18 @@ __global__ void kernel_maxima(
         view[half].mask = masked ? mask + part.b * m_batch + head * m_head + i * m_row : nullptr;
     }
     k += part.b * k_batch + part.group * k_head;
-    for (int tile = part.from; tile < part.stop; tile += KEYS) {
-        __syncthreads();
-        load_codes(keys, KEYS, width, stride, packed, thread, 32 * blockDim.y, [&](int r) {
-            return tile + r < k_len ? k + Index(tile + r) * k_row : nullptr;
-        });
-        __syncthreads();
-        for (int chunk = 0; chunk < KEYS; chunk += CHUNK) {
-            multiply<NEAREST, false>(own, keys + chunk * stride, stride, estimates, none);
+    auto row = [&](int key) { return key < k_len ? k + Index(key) * k_row : nullptr; };
+    walk(part.from, part.stop, keys, width, stride, packed, row, [](int) {}, [&](int tile, int chunk) {
+        multiply<NEAREST, false>(own, keys + chunk * stride, stride, estimates, none);
 #pragma unroll
-            for (int n = 0; n < 4; ++n) {
+        for (int n = 0; n < 4; ++n) {
 #pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    int key = tile + chunk + 8 * n + 2 * (threadIdx.x % 4) + e % 2;
-                    if (view[e / 2].of(key, m_key)) best[e / 2] = max(best[e / 2], estimates[n][e]);
-                }
+            for (int e = 0; e < 4; ++e) {
+                int key = tile + chunk + 8 * n + 2 * (threadIdx.x % 4) + e % 2;
+                if (view[e / 2].of(key, m_key)) best[e / 2] = max(best[e / 2], estimates[n][e]);
             }
         }
-    }
+    });
     for (int half = 0; half < 2; ++half) {
         int found = quad_largest(best[half]);
         Index n = first + threadIdx.x / 4 + 8 * half;
@@ -138,7 +132,7 @@ __global__ void __launch_bounds__(128, RESIDENT<A>) kernel_filtered(
     Index v_row, Index o_batch, Index o_head, Index o_row
 ) {
     DYNAMIC_SHARED(signed char, shared);
-    int stride = (int(width) + 31) / 32 * 32 + PAD, thread = threadIdx.y * 32 + threadIdx.x;
+    int stride = (int(width) + 31) / 32 * 32 + PAD;
     signed char *own = shared + threadIdx.y * TILE * stride, *keys = shared + blockDim.y * TILE * stride;
     A* weights = reinterpret_cast<A*>(keys + KEYS * stride) + threadIdx.y * TILE * ROOM;
     A* sums = reinterpret_cast<A*>(keys + KEYS * stride) + blockDim.y * TILE * ROOM + threadIdx.y * TILE * v_width;
@@ -154,26 +148,19 @@ __global__ void __launch_bounds__(128, RESIDENT<A>) kernel_filtered(
     v += part.b * v_batch + part.group * v_head;
     A s[4][4];
     int g = threadIdx.x / 4, t = threadIdx.x % 4;
-    for (int tile = part.from; tile < part.stop; tile += KEYS) {
-        __syncthreads();
-        load_codes(keys, KEYS, width, stride, packed, thread, 32 * blockDim.y, [&](int r) {
-            return tile + r < k_len ? k_codes + Index(tile + r) * kc_row : nullptr;
-        });
-        __syncthreads();
-#pragma unroll 1
-        for (int chunk = 0; chunk < KEYS; chunk += CHUNK) {
-            if (!warp.template keep<NEAREST>(keys + chunk * stride, tile + chunk, s)) continue;
-            warp.soften(s);
+    auto row = [&](int key) { return key < k_len ? k_codes + Index(key) * kc_row : nullptr; };
+    walk(part.from, part.stop, keys, width, stride, packed, row, [](int) {}, [&](int tile, int chunk) {
+        if (!warp.template keep<NEAREST>(keys + chunk * stride, tile + chunk, s)) return;
+        warp.soften(s);
 #pragma unroll
-            for (int n = 0; n < 4; ++n) {
+        for (int n = 0; n < 4; ++n) {
 #pragma unroll
-                for (int e = 0; e < 4; ++e) weights[(g + 8 * (e / 2)) * ROOM + 8 * n + 2 * t + e % 2] = s[n][e];
-            }
-            __syncwarp();
-            add_values<T, A, W>(warp, sums, v + Index(tile + chunk) * v_row, v_row, v_width);
-            __syncwarp();
+            for (int e = 0; e < 4; ++e) weights[(g + 8 * (e / 2)) * ROOM + 8 * n + 2 * t + e % 2] = s[n][e];
         }
-    }
+        __syncwarp();
+        add_values<T, A, W>(warp, sums, v + Index(tile + chunk) * v_row, v_row, v_width);
+        __syncwarp();
+    });
     finish<T, A>(
         warp, part, sums, v_width, out, parts, stats, counts, maps, heads, per_group, q_len, splits, v_width, o_batch,
         o_head, o_row
@@ -222,7 +209,7 @@ __global__ void __launch_bounds__(128, 2) kernel_filtered_map(
     Index m_key
 ) {
     DYNAMIC_SHARED(signed char, shared);
-    int stride = (int(width) + 31) / 32 * 32 + PAD, thread = threadIdx.y * 32 + threadIdx.x;
+    int stride = (int(width) + 31) / 32 * 32 + PAD;
     signed char *own = shared + threadIdx.y * TILE * stride, *keys = shared + blockDim.y * TILE * stride;
     A* weights = reinterpret_cast<A*>(keys + KEYS * stride) + threadIdx.y * TILE * ROOM;
     Index per_group = heads / groups;
@@ -240,42 +227,25 @@ __global__ void __launch_bounds__(128, 2) kernel_filtered_map(
         Index n = warp.first + g + 8 * half;
         to[half] = out + ((part.b * heads + part.group * per_group) * q_len + n) * k_len;
     }
-    for (int pass = 0; pass < 2; ++pass) {
-        for (int tile = 0; tile < (pass ? int(k_len) : part.stop); tile += KEYS) {
-            __syncthreads();
-            load_codes(keys, KEYS, width, stride, packed, thread, 32 * blockDim.y, [&](int r) {
-                return tile + r < part.stop ? k_codes + Index(tile + r) * kc_row : nullptr;
-            });
-            __syncthreads();
-#pragma unroll 1
-            for (int chunk = 0; chunk < KEYS; chunk += CHUNK) {
-                bool some = warp.template keep<NEAREST>(keys + chunk * stride, tile + chunk, s);
-                if (!pass) {
-                    if (some) warp.soften(s);
-                    continue;
-                }
+    auto row = [&](int key) { return key < part.stop ? k_codes + Index(key) * kc_row : nullptr; };
+    walk(0, part.stop, keys, width, stride, packed, row, [](int) {}, [&](int tile, int chunk) {
+        if (warp.template keep<NEAREST>(keys + chunk * stride, tile + chunk, s)) warp.soften(s);
+    });
+    warp.end();
+    warp.add_counts(counts, part.b * heads + part.group * per_group, q_len);
+    for (int half = 0; half < 2; ++half) factor[half] = reciprocal(warp.sum[half]);
+    walk(0, k_len, keys, width, stride, packed, row, [](int) {}, [&](int tile, int chunk) {
+        warp.template keep<NEAREST>(keys + chunk * stride, tile + chunk, s);
 #pragma unroll
-                for (int n = 0; n < 4; ++n) {
+        for (int n = 0; n < 4; ++n) {
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) {
-                        int half = e / 2, place = 8 * n + 2 * t + e % 2;
-                        int key = tile + chunk + place;
-                        bool keeps = warp.kept[half] >> place & 1;
-                        A distance = s[n][e] - subtracted(warp.maximum[half]);
-                        A weight = keeps ? exp2(distance * warp.unit[half]) * factor[half] : A(0);
-                        if (key < k_len && warp.first + g + 8 * half < warp.rows) to[half][key] = T(weight);
-                    }
-                }
+            for (int e = 0; e < 4; ++e) {
+                int half = e / 2, place = 8 * n + 2 * t + e % 2, key = tile + chunk + place;
+                bool keeps = warp.kept[half] >> place & 1;
+                A distance = s[n][e] - subtracted(warp.maximum[half]);
+                A weight = keeps ? exp2(distance * warp.unit[half]) * factor[half] : A(0);
+                if (key < k_len && warp.first + g + 8 * half < warp.rows) to[half][key] = T(weight);
             }
         }
-        if (pass) break;
-        warp.end();
-        for (int half = 0; half < 2; ++half) {
-            factor[half] = reciprocal(warp.sum[half]);
-            Index head = part.group * per_group + (warp.first + g + 8 * half) / q_len;
-            if (t == 0 && warp.count[half]) {
-                atomicAdd(counts + part.b * heads + head, (unsigned long long) warp.count[half]);
-            }
-        }
-    }
+    });
 }

@@ -71,6 +71,22 @@ __device__ void load_codes(signed char* to, int rows, int width, int stride, Ind
     }
 }
 
+// Walk along the keys from .. stop - 1: the codes of KEYS of them at a time in shared memory, those of key `n` copied from
+// row(n), beside what fetch(tile) puts there; then meet(tile, chunk) for each CHUNK of the tile.
+template <typename R, typename G, typename F> __device__ void walk(
+    int from, int stop, signed char* keys, int width, int stride, Index packed, R row, G fetch, F meet
+) {
+    int thread = threadIdx.y * 32 + threadIdx.x, threads = 32 * blockDim.y;
+    for (int tile = from; tile < stop; tile += KEYS) {
+        __syncthreads();  // nobody reads the tile before any more
+        load_codes(keys, KEYS, width, stride, packed, thread, threads, [&](int r) { return row(tile + r); });
+        fetch(tile);
+        __syncthreads();
+#pragma unroll 1
+        for (int chunk = 0; chunk < KEYS; chunk += CHUNK) meet(tile, chunk);
+    }
+}
+
 // --- estimates and products -----------------------------------------------------------------------------------------
 
 // 16 times the upper nibbles of four codes: x & ~15, or with NEAREST min(x + 8, 127) & ~15.
@@ -211,6 +227,16 @@ template <typename T, typename A> struct Weigher {
         }
     }
 
+    // Add how many keys the rows have kept to those of their heads, of which the first is `head`.
+    __device__ void add_counts(unsigned long long* counts, Index head, Index q_len) const {
+        for (int half = 0; half < 2; ++half) {
+            Index n = first + threadIdx.x / 4 + 8 * half;
+            if (threadIdx.x % 4 == 0 && count[half]) {
+                atomicAdd(counts + head + n / q_len, (unsigned long long) count[half]);
+            }
+        }
+    }
+
     // The sums of rows g and g + 8 over all lanes that have a part of them.
     __device__ void end() {
 #pragma unroll
@@ -263,12 +289,7 @@ template <typename T, typename A> __device__ void finish(
 ) {
     __syncwarp();
     warp.end();
-    for (int half = 0; half < 2; ++half) {
-        Index n = warp.first + threadIdx.x / 4 + 8 * half, head = part.group * per_group + n / q_len;
-        if (threadIdx.x % 4 == 0 && warp.count[half]) {
-            atomicAdd(counts + part.b * heads + head, (unsigned long long) warp.count[half]);
-        }
-    }
+    warp.add_counts(counts, part.b * heads + part.group * per_group, q_len);
     Rows<T> to = {out + part.b * o_batch + part.group * per_group * o_head, o_head, o_row, q_len};
     Index before = (blockIdx.x % splits * maps + part.b * heads + part.group * per_group) * q_len;  // rows of parts
 #pragma unroll 1
