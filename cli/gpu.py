@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from refimpl.engines.cuda.failures import of_cupy
 from refimpl.errors import ConfigError, MissingDependencyError
 
-CUPY = ("cupy", "cupy_backends")  # whose modules raise what CUDA, cuBLAS and the compiler report
 LIMIT = "CUPY_GPU_MEMORY_LIMIT"  # CuPy's own variable, read when its pool is made
 SHORTAGES = ("cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY", "STATUS_ALLOC_FAILED")
 MENTIONED = 0.02  # of the memory, from which someone else's part is worth a word
@@ -34,11 +34,6 @@ REASONS = {
 
 
 # --- failures and memory --------------------------------------------------------------------------------------------
-
-
-def of_cupy(error: BaseException) -> bool:
-    """Whether CuPy raised it: an error of CUDA, of one of its libraries or of the compiler."""
-    return type(error).__module__.split(".")[0] in CUPY
 
 
 def out_of_memory(error: BaseException) -> bool:
