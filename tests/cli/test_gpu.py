@@ -76,6 +76,14 @@ def test_processes_that_hold_the_memory_are_named(on_gpu, cupy, nvml) -> None:
     assert f"available ({parent}, process {2**22 + 1} holds 3.00 GiB): lower" in said
 
 
+def test_processes_of_a_host_are_not_named_in_a_container(on_gpu, cupy, nvml) -> None:
+    """This process, by the number that it has outside, would be one of the others; so would a name be of another."""
+    cupy.free = 1000
+    nvml.compute = [process(os.getppid(), 70 << 30)]
+    said = error_of(on_gpu("measure", *RUN, "--seq", "64"))
+    assert "(80.00 GiB of 80.00 GiB are held by other programs and the driver): lower" in said
+
+
 class OutOfMemoryError(MemoryError):
     """As CuPy's."""
 
@@ -523,11 +531,12 @@ def test_the_state_of_the_gpu_is_in_the_context(on_gpu, nvml) -> None:
     assert nvml.sessions == 0  # each one was closed
 
 
-def test_the_gpu_has_a_name_where_the_driver_lists_none(on_gpu, nvml, monkeypatch) -> None:
+def test_the_gpu_has_the_name_that_its_library_tells(on_gpu, nvml, monkeypatch) -> None:
     from effref import context
 
-    monkeypatch.setattr(context, "gpu_name", lambda: None)
-    assert measured(on_gpu)["context"]["gpu"] == "NVIDIA Simulated"
+    for listed in (None, "the first on the bus, which need not be CUDA's"):
+        monkeypatch.setattr(context, "gpu_name", lambda listed=listed: listed)
+        assert measured(on_gpu)["context"]["gpu"] == "NVIDIA Simulated"
 
 
 @pytest.mark.parametrize(
