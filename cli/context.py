@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from .files import write_text
 from .gpu import LIMIT
 
 PACKAGES = ("effref", "numpy", "scipy", "numba", "cupy", "cupy-cuda12x", "cupy-cuda13x")
@@ -64,14 +65,15 @@ def cpu_name() -> str:
 def _asked_cpu_name() -> str:
     """py-cpuinfo takes a second, so its answer is kept."""
     kept = cache_root() / f"cpu-{slug(platform.node())}.txt"
-    with suppress(OSError):
-        return kept.read_text("utf-8")
+    with suppress(OSError, UnicodeDecodeError):
+        if name := kept.read_text("utf-8").strip():
+            return name
     import cpuinfo
 
     name = str(cpuinfo.get_cpu_info().get("brand_raw") or platform.machine())
     with suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(name, "utf-8")
+        write_text(kept, name)
     return name
 
 
