@@ -368,6 +368,7 @@ def test_calibration_takes_what_fits(cupy) -> None:
     cupy.free = 1 << 30
     with pytest.raises(UnsupportedError, match=r"needs at least .* and 1\.00 GiB are available \(79\.00 GiB of 80\.00"):
         calibration.calibrate("cupy", seconds=0.1)
+    assert "begin" not in cupy.log  # refused before the bandwidths, whose arrays are large
 
 
 # --- TF32 ------------------------------------------------------------------------------------------------------------
