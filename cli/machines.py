@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from refimpl.engines import engine as get_engine
 from refimpl.engines.protocol import Engine
 from refimpl.errors import ConfigError, UnsupportedError
 
-from . import profiles
+from . import gpu, profiles
 from .context import cpu_name, gpu_name
 from .files import OutputError
 from .progress import Progress
@@ -35,6 +35,7 @@ _GPUS = {
     "h200": "h200-sxm",
     "h100": "h100-sxm",
     "a100": "a100-sxm-80gb",
+    "l40": "rtx-4090",  # the same chip, AD102
     "l4": "l4",
     "4090": "rtx-4090",
     "": "h100-sxm",
@@ -94,8 +95,16 @@ def calibrate(engine: str, threads: int, dtype: str, seconds: float | None, prog
     given = {} if seconds is None else {"seconds": seconds}
     progress.stage(f"calibrating {_under(engine, threads)}, {dtype}: once, for a while")
     start = time.perf_counter()
-    with limited(engine, threads), disturbances_noted("calibrating", progress, ENGINES[engine][2]) as seen:
-        hardware = calibration.calibrate(engine, threads, dtype, progress=progress.advance, **given)
+    try:
+        with limited(engine, threads), disturbances_noted("calibrating", progress, ENGINES[engine][2]) as seen:
+            hardware = calibration.calibrate(engine, threads, dtype, progress=progress.advance, **given)
+    except Exception as error:
+        if not gpu.out_of_memory(error):
+            raise
+        raise UnsupportedError(
+            f"{gpu.shortage(error)} while calibrating: end other programs that hold it, or name a preset from "
+            "'effref list hardware' with --hardware"
+        ) from error
     hardware = replace(hardware, about={**hardware.about, **seen})
     spent = time.perf_counter() - start
     try:
@@ -115,14 +124,9 @@ def disturbances_noted(what: str, progress: Progress, device: str = "cpu") -> It
         Afterwards what belongs into the ``context`` of the result: ``gpu_state``, on a GPU that tells it.
     """
     seen: dict[str, Any] = {}
-    with busy_cores_noted(what, progress):
-        if device == "gpu":
-            from . import gpu
-
-            with gpu.watched(seen, progress.note, what):
-                yield seen
-        else:
-            yield seen
+    watching = gpu.watched(seen, progress.note, what) if device == "gpu" else nullcontext()
+    with busy_cores_noted(what, progress), watching:
+        yield seen
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from effref import calibration, gpu
+from effref import calibration, gpu, machines
 from effref.calibration import METHODS, Cell, _model
 from effref.context import _gpus, available_bytes, gpu_name
 from simulated_gpu import FAR_BYTES_PER_S, L2_BYTES, LAUNCH_S, NEAR_BYTES_PER_S, OVERHEAD_S, SimulatedCupy, SimulatedGpu
@@ -371,6 +371,17 @@ def test_calibration_takes_what_fits(cupy) -> None:
     assert "begin" not in cupy.log  # refused before the bandwidths, whose arrays are large
 
 
+@pytest.mark.parametrize("error", SHORTAGES)
+def test_memory_that_runs_out_while_calibrating(effref, monkeypatch, cache, error) -> None:
+    monkeypatch.setattr(calibration, "CELLS", SMALL)
+    monkeypatch.setattr(calibration, "LARGE_CELLS", ())
+    monkeypatch.setattr(calibration, "bandwidths", lambda gpu, dtype: {})
+    failing_at(monkeypatch, 33, error)
+    for command in (["calibrate", "--device", "gpu"], ["measure", *RUN, "--seq", "8"]):
+        assert "the memory of the GPU ran out while calibrating: end other programs" in error_of(effref(*command))
+    assert not (cache / "profiles").exists()
+
+
 # --- TF32 ------------------------------------------------------------------------------------------------------------
 
 
@@ -604,6 +615,18 @@ def test_names_of_nvml_are_those_of_the_package() -> None:
     slowing = ("SwPowerCap", "HwSlowdown", "SwThermalSlowdown", "HwThermalSlowdown", "HwPowerBrakeSlowdown")
     bits = {getattr(real, f"nvmlClocksThrottleReason{name}") for name in slowing}
     assert bits == {bit for bit, (_, slows) in gpu.REASONS.items() if slows}
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100-sxm"), ("NVIDIA H200", "h200-sxm"), ("NVIDIA A100-SXM4-80GB", "a100-sxm-80gb"),
+        ("NVIDIA L4", "l4"), ("NVIDIA L40S", "rtx-4090"), ("NVIDIA GeForce RTX 4090", "rtx-4090"), (None, "h100-sxm"),
+    ],
+)  # fmt: skip
+def test_the_preset_is_that_of_the_nearest_chip(monkeypatch, name, preset) -> None:
+    monkeypatch.setattr(machines, "gpu_name", lambda: name)
+    assert machines.nearest_preset("cupy", 1).name == preset
 
 
 # --- which GPU -------------------------------------------------------------------------------------------------------
