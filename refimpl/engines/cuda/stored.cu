@@ -65,15 +65,13 @@ __global__ void kernel_nearest(const Nearest<A>* found, T* distances, Index* row
 
 const int COPIES = 4;  // of a thread
 
-// to[pairs[2 i]] = from[pairs[2 i + 1]], records of `size` numbers, `to_stride` and `from_stride` apart.
+// to[pairs[2 i]] = from[pairs[2 i + 1]], records of `size` numbers behind each other.
 // Ops take_rows, scatter and fetch of the reference. `blocks` blocks per record.
 template <typename T, bool VECTOR>
-__global__ void kernel_move(
-    const T* from, T* to, const Index* pairs, Index size, Index from_stride, Index to_stride, Index blocks
-) {
+__global__ void kernel_move(const T* from, T* to, const Index* pairs, Index size, Index blocks) {
     const int N = VECTOR ? 16 / sizeof(T) : 1;
     Index pair = blockIdx.x / blocks, part = blockIdx.x % blocks;
-    from += pairs[2 * pair + 1] * from_stride, to += pairs[2 * pair] * to_stride;
+    from += pairs[2 * pair + 1] * size, to += pairs[2 * pair] * size;
     Index first = (part * blockDim.x * COPIES + threadIdx.x) * N, step = (Index) blockDim.x * N;
     Pack<T, N> pack[COPIES];
 #pragma unroll

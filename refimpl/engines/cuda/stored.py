@@ -125,14 +125,12 @@ class StoredMaps(Launcher):
         places = self.asarray(np.array(pairs, np.int64))  # (n, 2)
         vector = pack_of(size, ((source, size), (target, size))) > 1
         blocks, launch = blocks_of_record(len(pairs), size // (16 // target.dtype.itemsize) if vector else size)
-        self._launch(
-            STORED, f"move<T, {flag(vector)}>", target, launch, source, target, places, size, size, size, blocks
-        )
+        self._launch(STORED, f"move<T, {flag(vector)}>", target, launch, source, target, places, size, blocks)
         return target
 
     def _send(self, records: Array, pairs: Sequence[tuple[int, int]], out: Array) -> None:
         """Copy record j on the host to row i of out for pairs (i, j), ascending in i; returns before it is done."""
-        if not pairs or not out.size:
+        if not out.size:
             return
         shape = (len(pairs), *out.shape[1:])
         size = math.prod(shape) * out.dtype.itemsize
