@@ -8,10 +8,9 @@ from pathlib import Path
 import click
 
 from . import options
+from .endings import INTERRUPTED
 from .parsing import parse_names
 from .progress import Progress
-
-INTERRUPTED = 130
 
 
 def _example(ctx: click.Context, _parameter: click.Parameter, given: bool) -> None:
