@@ -3,13 +3,13 @@
 //     out_i = sum_j p_ij v_j,   p_ij = e^(scale q_i . k_j) / sum_j e^(scale q_i . k_j)
 //
 // A step of decoding does two FLOPs for each element of the cache and each query head that uses it: time is what the
-// memory takes. So the keys are cut into ranges, one for a block (Flash-Decoding, Dao et al., PyTorch blog, October 2023), as
-// many as keep all multiprocessors reading, and all query heads of a key head are computed from one load of its keys
-// and values (grouped queries, arXiv 2305.13245).
+// memory takes. So the keys are cut into ranges, one for a block (Flash-Decoding, Dao et al., PyTorch blog, October
+// 2023), as many as keep all multiprocessors reading, and all query heads of a key head are computed from one load of
+// its keys and values (grouped queries, arXiv 2305.13245).
 //
-// A team      L = 16-byte columns of a row, at most a warp: each lane holds one column (two in float64 of D = 128), so that a
-//             warp reads 512 contiguous bytes. A team takes every n-th key of the range, a few at a time: their loads are all
-//             under way before the first is used. q . k is summed over the team's lanes by shuffles.
+// A team      L = 16-byte columns of a row, at most a warp: each lane holds one column (two in float64 of D = 128), so
+//             that a warp reads 512 contiguous bytes. A team takes every n-th key of the range, a few at a time: their
+//             loads are all under way before the first is used. q . k is summed over the team's lanes by shuffles.
 // Registers   R queries (those of all heads in the group): per lane R columns of out, R maxima and sums.
 // Shared      q times the scale: R D values; and at the end one row of each warp, to add them up.
 // Ranges      leave their maximum m, sum l and unscaled out o; `combine` adds e^(m - max m) o and e^(m - max m) l.
@@ -21,13 +21,15 @@ const int WARPS = 4;
 template <typename A> __device__ A greater_of(A a, A b) { return b > a ? b : a; }  // a where b is not a number
 
 // q (B, H, q_len, width), k, v (B or 1, groups, k_len, width) by strides, width a multiple of 16 bytes up to D, rows
-// aligned to 16 bytes. A key head has H / groups * q_len queries, of which a block takes R, at most. Query t sees keys t + low to t + high of those from `first` to stop - 1,
-// where the mask is not 0. One block per range of `share` keys, part of a key head's queries and batch. With one range -> out, else
-// -> partial (B, H, q_len, ranges, width + 2): o, m and l.
+// aligned to 16 bytes. A key head has H / groups * q_len queries, of which a block takes R, at most. Query t sees keys
+// t + low to t + high of those from `first` to stop - 1, where the mask is not 0. One block per range of `share` keys,
+// part of a key head's queries and batch. With one range -> out, else -> partial
+// (B, H, q_len, ranges, width + 2): o, m and l.
 template <typename T, typename A, int D, int R>
 __global__ void __launch_bounds__(128) kernel_decode(
     const T* q, const T* k, const T* v, T* out, const unsigned char* mask, A* partial,
-    Index heads, Index groups, Index q_len, Index width, Index low, Index high, Index first, Index stop, Index share, double scale,
+    Index heads, Index groups, Index q_len, Index width, Index low, Index high, Index first, Index stop, Index share,
+    double scale,
     Index q_batch, Index q_head, Index q_row, Index k_batch, Index k_head, Index k_row,
     Index v_batch, Index v_head, Index v_row, Index o_batch, Index o_head, Index o_row,
     Index masked, Index m_batch, Index m_head, Index m_row, Index m_key
@@ -47,7 +49,8 @@ __global__ void __launch_bounds__(128) kernel_decode(
         int row = i / D, c = i % D;
         Index head = group * per_group + (row0 + row) / q_len;
         bool inside = row < rows && c < columns;
-        queries[row][c] = inside ? A(q[batch * q_batch + head * q_head + (row0 + row) % q_len * q_row + c]) * A(scale) : A(0);
+        queries[row][c] =
+            inside ? A(q[batch * q_batch + head * q_head + (row0 + row) % q_len * q_row + c]) * A(scale) : A(0);
     }
     if (threadIdx.x < R) {
         int row = threadIdx.x, t = (row0 + row) % int(q_len);
@@ -158,10 +161,12 @@ __global__ void __launch_bounds__(128) kernel_decode(
     }
 }
 
-// The sums of all ranges. partial (B, H, q_len, ranges, width + 2) -> out (B, H, q_len, width) by strides. One block per row.
+// The sums of all ranges. partial (B, H, q_len, ranges, width + 2) -> out (B, H, q_len, width) by strides.
+// One block per row.
 template <typename T, typename A>
 __global__ void __launch_bounds__(128) kernel_combine(
-    const A* partial, T* out, Index heads, Index q_len, Index width, Index ranges, Index o_batch, Index o_head, Index o_row
+    const A* partial, T* out, Index heads, Index q_len, Index width, Index ranges, Index o_batch, Index o_head,
+    Index o_row
 ) {
     Index row = blockIdx.x, t = row % q_len, map = row / q_len;
     partial += row * ranges * (width + 2);

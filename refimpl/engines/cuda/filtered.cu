@@ -14,8 +14,8 @@
 // share a key head, so that decoding with grouped queries fills them. Of 32 keys at a time
 //     multiply   estimates (16, 32) and products (16, 32), in the registers of the tensor cores
 //     weigh      kept keys as one bit each of a word per row, scores, running maximum and sum as in flash attention
-//     add        per row its kept keys alone: p from shared memory, v from the first-level cache, 32 lanes side by side;
-//                in float16 the tensor cores add all of them sooner: filtered_half.cu
+//     add        per row its kept keys alone: p from shared memory, v from the first-level cache, 32 lanes side by
+//                side; in float16 the tensor cores add all of them sooner: filtered_half.cu
 // With few queries, keys are split between blocks (`splits`), whose sums `merge` adds up.
 //
 // bytes:    codes of keys once per block of rows (first-level misses: second-level cache), values of kept keys alone
@@ -117,19 +117,19 @@ __device__ void add_values(const Weigher<T, A>& warp, A* sums, const T* v, Index
 }
 
 // Softmax over the kept keys of each row, times their values; and how many were kept.
-// q, k, codes, mask as in maxima, v (B, groups, k_len, v_width) by strides, most from maxima, steps and margins (B, heads)
-// -> out (B, heads, q_len, v_width) by strides and counts (B, heads), added to. Where keys are split: parts
+// q, k, codes, mask as in maxima, v (B, groups, k_len, v_width) by strides, most from maxima, steps and margins
+// (B, heads) -> out (B, heads, q_len, v_width) by strides and counts (B, heads), added to. Where keys are split: parts
 // (splits, B heads q_len, v_width) and stats (splits, B heads q_len, 2), the maximum and the sum, instead of out.
 // Op filtered_attention of the reference. Blocks of (32, warps).
 template <typename T, typename A, int W, bool NEAREST>
 __global__ void __launch_bounds__(128, RESIDENT<A>) kernel_filtered(
-    const T* q, const T* k, const signed char* q_codes, const signed char* k_codes, const int* most, const double* steps,
-    const int* margins, const unsigned char* mask, const T* v, T* out, A* parts, A* stats, unsigned long long* counts,
-    Index maps, Index heads, Index groups, Index q_len, Index k_len, Index width, Index tiles, Index splits, Index span,
-    Index causal, Index exact, Index masked, Index packed, double scale, Index q_batch, Index q_head, Index q_row,
-    Index k_batch, Index k_head, Index k_row, Index c_batch, Index c_head, Index c_row, Index kc_batch, Index kc_head,
-    Index kc_row, Index m_batch, Index m_head, Index m_row, Index m_key, Index v_width, Index v_batch, Index v_head,
-    Index v_row, Index o_batch, Index o_head, Index o_row
+    const T* q, const T* k, const signed char* q_codes, const signed char* k_codes, const int* most,
+    const double* steps, const int* margins, const unsigned char* mask, const T* v, T* out, A* parts, A* stats,
+    unsigned long long* counts, Index maps, Index heads, Index groups, Index q_len, Index k_len, Index width,
+    Index tiles, Index splits, Index span, Index causal, Index exact, Index masked, Index packed, double scale,
+    Index q_batch, Index q_head, Index q_row, Index k_batch, Index k_head, Index k_row, Index c_batch, Index c_head,
+    Index c_row, Index kc_batch, Index kc_head, Index kc_row, Index m_batch, Index m_head, Index m_row, Index m_key,
+    Index v_width, Index v_batch, Index v_head, Index v_row, Index o_batch, Index o_head, Index o_row
 ) {
     DYNAMIC_SHARED(signed char, shared);
     int stride = (int(width) + 31) / 32 * 32 + PAD;
@@ -168,8 +168,8 @@ __global__ void __launch_bounds__(128, RESIDENT<A>) kernel_filtered(
 }
 
 // Add up what blocks that shared the keys of a row have found.
-// parts (splits, B heads q_len, v_width), stats (splits, B heads q_len, 2) -> out (B, heads, q_len, v_width) by strides.
-// Last step of op filtered_attention of the reference. One block per row.
+// parts (splits, B heads q_len, v_width), stats (splits, B heads q_len, 2) -> out (B, heads, q_len, v_width) by
+// strides. Last step of op filtered_attention of the reference. One block per row.
 template <typename T, typename A>
 __global__ void kernel_merge(
     const A* parts, const A* stats, const double* steps, T* out, Index maps, Index heads, Index q_len, Index splits,
@@ -196,17 +196,18 @@ __global__ void kernel_merge(
 
 // --- the map --------------------------------------------------------------------------------------------------------
 
-// The weights of kept keys, zeros elsewhere, for methods that hand a map on; and how many were kept. Keys are met twice:
-// first for the maximum and the sum of each row.
-// As filtered, -> weights (B, heads, q_len, k_len), contiguous. Op filtered_map of the reference. Blocks of (32, warps).
+// The weights of kept keys, zeros elsewhere, for methods that hand a map on; and how many were kept. Keys are met
+// twice: first for the maximum and the sum of each row.
+// As filtered, -> weights (B, heads, q_len, k_len), contiguous. Op filtered_map of the reference.
+// Blocks of (32, warps).
 template <typename T, typename A, bool NEAREST>
 __global__ void __launch_bounds__(128, 2) kernel_filtered_map(
-    const T* q, const T* k, const signed char* q_codes, const signed char* k_codes, const int* most, const double* steps,
-    const int* margins, const unsigned char* mask, T* out, unsigned long long* counts, Index heads, Index groups,
-    Index q_len, Index k_len, Index width, Index tiles, Index causal, Index exact, Index masked, Index packed,
-    double scale, Index q_batch, Index q_head, Index q_row, Index k_batch, Index k_head, Index k_row, Index c_batch,
-    Index c_head, Index c_row, Index kc_batch, Index kc_head, Index kc_row, Index m_batch, Index m_head, Index m_row,
-    Index m_key
+    const T* q, const T* k, const signed char* q_codes, const signed char* k_codes, const int* most,
+    const double* steps, const int* margins, const unsigned char* mask, T* out, unsigned long long* counts, Index heads,
+    Index groups, Index q_len, Index k_len, Index width, Index tiles, Index causal, Index exact, Index masked,
+    Index packed, double scale, Index q_batch, Index q_head, Index q_row, Index k_batch, Index k_head, Index k_row,
+    Index c_batch, Index c_head, Index c_row, Index kc_batch, Index kc_head, Index kc_row, Index m_batch, Index m_head,
+    Index m_row, Index m_key
 ) {
     DYNAMIC_SHARED(signed char, shared);
     int stride = (int(width) + 31) / 32 * 32 + PAD;

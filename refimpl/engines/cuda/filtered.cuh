@@ -56,7 +56,9 @@ struct View {
 
 // Copy rows of codes to shared memory, zeros behind them; `packed` if 16 at a time. A null row is all zeros.
 template <typename F>
-__device__ void load_codes(signed char* to, int rows, int width, int stride, Index packed, int thread, int threads, F row) {
+__device__ void load_codes(
+    signed char* to, int rows, int width, int stride, Index packed, int thread, int threads, F row
+) {
     int per_row = (stride - PAD) / 16;
     for (int i = thread; i < rows * per_row; i += threads) {
         int r = i / per_row, c = i % per_row * 16;
@@ -71,8 +73,8 @@ __device__ void load_codes(signed char* to, int rows, int width, int stride, Ind
     }
 }
 
-// Walk along the keys from .. stop - 1: the codes of KEYS of them at a time in shared memory, those of key `n` copied from
-// row(n), beside what fetch(tile) puts there; then meet(tile, chunk) for each CHUNK of the tile.
+// Walk along the keys from .. stop - 1: the codes of KEYS of them at a time in shared memory, those of key `n` copied
+// from row(n), beside what fetch(tile) puts there; then meet(tile, chunk) for each CHUNK of the tile.
 template <typename R, typename G, typename F> __device__ void walk(
     int from, int stop, signed char* keys, int width, int stride, Index packed, R row, G fetch, F meet
 ) {
@@ -99,7 +101,8 @@ template <bool NEAREST> __device__ unsigned upper(unsigned codes) {
 
 __device__ unsigned word(const signed char* codes) { return *reinterpret_cast<const unsigned*>(codes); }
 
-// 16 rows times 32 keys: element e of fragment n is row g + 8 (e / 2), key 8 n + 2 t + e % 2, g = lane / 4, t = lane % 4.
+// 16 rows times 32 keys: element e of fragment n is row g + 8 (e / 2), key 8 n + 2 t + e % 2,
+// g = lane / 4, t = lane % 4.
 template <bool NEAREST, bool WHOLE> __device__ void multiply(
     const signed char* queries, const signed char* keys, int stride, int (&estimates)[4][4], int (&products)[4][4]
 ) {
@@ -140,7 +143,8 @@ template <typename T, typename A> struct Weigher {
     A unit[2], maximum[2], sum[2], alpha[2];
     unsigned kept[2];  // bits of the 32 keys
 
-    // Keep keys from `key` on, whose codes begin at `of_keys`, and find their scores: s (16, 32). False if none is kept.
+    // Keep keys from `key` on, whose codes begin at `of_keys`, and find their scores: s (16, 32).
+    // False if none is kept.
     template <bool NEAREST> __device__ bool keep(const signed char* of_keys, int key, A (&s)[4][4]) {
         int estimates[4][4], products[4][4], t = threadIdx.x % 4;
         multiply<NEAREST, true>(codes, of_keys, stride, estimates, products);
@@ -244,7 +248,8 @@ template <typename T, typename A> struct Weigher {
     }
 };
 
-// A warp before its first key: codes of its rows in shared memory, what they see, and the least estimates that they keep.
+// A warp before its first key: codes of its rows in shared memory, what they see, and the least estimates
+// that they keep.
 template <typename T, typename A> __device__ Weigher<T, A> weigher(
     const Part& part, const T* q, const T* k, const signed char* q_codes, const int* most, const double* steps,
     const int* margins, const unsigned char* mask, signed char* own, A* weights, Index heads, Index per_group,
@@ -280,8 +285,8 @@ template <typename T, typename A> __device__ Weigher<T, A> weigher(
 
 // --- the end --------------------------------------------------------------------------------------------------------
 
-// Write a warp's rows, whose sums (TILE, stride) it has in shared memory: divided by those of the weights, or where keys
-// are split as they are, with maximum and sum; and add how many keys were kept.
+// Write a warp's rows, whose sums (TILE, stride) it has in shared memory: divided by those of the weights, or where
+// keys are split as they are, with maximum and sum; and add how many keys were kept.
 template <typename T, typename A> __device__ void finish(
     Weigher<T, A>& warp, const Part& part, const A* sums, int stride, T* out, A* parts, A* stats,
     unsigned long long* counts, Index maps, Index heads, Index per_group, Index q_len, Index splits, Index v_width,

@@ -3,9 +3,9 @@
 //     o (16, Dv) = alpha o + p (16, 32) v (32, Dv)
 //
 // Tensor cores multiply the weights of 16 rows and 32 keys by all their values sooner than 32 lanes walk along the keys
-// that single rows keep: a tenth of 512 pairs, at some ten instructions each, is more than the 4 Dv / 8 products and the
-// loads and stores of the sums. Weights of dropped keys are zeros, so that a value that is not finite reaches the rows of
-// its tile (0 times NaN), as in the reference. Where no key of the 32 is kept by any of the rows, nothing is done.
+// that single rows keep: a tenth of 512 pairs, at some ten instructions each, is more than the 4 Dv / 8 products and
+// the loads and stores of the sums. Weights of dropped keys are zeros, so that a value that is not finite reaches the
+// rows of its tile (0 times NaN), as in the reference. Where none of the 32 keys is kept, nothing is done.
 //
 // work:     3 T S D int8 and T S Dv float16 multiply-adds on tensor cores
 // budget:   shared memory per block, D = Dv = 64: 5 KiB queries, 5 KiB keys, 9 KiB values, 10 KiB weights (for scores
@@ -26,7 +26,8 @@ __device__ void load_values(__half* to, const __half* v, Index v_row, int count,
     }
 }
 
-// Multiply the sums (TILE, v_width) of a warp's rows by alpha and add p v: p (16, 32) as soften leaves it, v (32, v_width).
+// Multiply the sums (TILE, v_width) of a warp's rows by alpha and add p v: p (16, 32) as soften leaves it,
+// v (32, v_width).
 __device__ void add_products(
     const Weigher<__half, float>& warp, const float (&p)[4][4], float* sums, const __half* v, int v_width
 ) {

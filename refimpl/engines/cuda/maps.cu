@@ -55,14 +55,17 @@ __global__ void kernel_hide(
 // scores (B, heads, block, keys) by strides -> out (B, heads, block, keys), contiguous; out may be scores where S is T.
 // Op softmax of the reference, and the softmax inside attention by blocks. Its time is that of one read and one write:
 //
-// Short rows  `softmax`: a row stays in the registers of its team, 16 numbers in each thread: a warp for up to 512 keys, as
-//             many warps as it takes for up to 16,384. Warps share a block only where each has a row of its own.
-// Long rows   `softmax_long`: the block walks along the row twice, first for maximum and sum together (arXiv 1805.02867,
-//             algorithm 3), then to write; the second read is one of the second-level cache where the rows fit it.
+// Short rows  `softmax`: a row stays in the registers of its team, 16 numbers in each thread: a warp for up to 512
+//             keys, as many warps as it takes for up to 16,384. Warps share a block only where each has a row of its
+//             own.
+// Long rows   `softmax_long`: the block walks along the row twice, first for maximum and sum together (arXiv
+//             1805.02867, algorithm 3), then to write; the second read is one of the second-level cache where the rows
+//             fit it.
 // Where `packed`, rows start at multiples of 16 bytes and move 16 bytes at a time; else neighbours read neighbours.
 const int HELD = 16;  // numbers of a row in each thread
 
-// What f makes of the values of all threads of a team: blockDim.x of them, in whole warps; cells holds one for each warp.
+// What f makes of the values of all threads of a team: blockDim.x of them, in whole warps; cells holds one
+// for each warp.
 template <typename A, typename F> __device__ A of_team(A value, A* cells, F f) {
     for (int by = 16; by; by /= 2) value = f(value, __shfl_xor_sync(ALL_LANES, value, by));
     if (blockDim.x == 32) return value;

@@ -54,7 +54,9 @@ template <typename T, int V, int P> struct Row {
 
 // (x - mean) / sqrt(variance + eps) * weight + bias: the mean first, then squares of what is left of it.
 template <typename T, int V, int P>
-__device__ void write_layer_norm(const Row<T, V, P>& row, const T* weight, const T* bias, T* out, Index width, double eps) {
+__device__ void write_layer_norm(
+    const Row<T, V, P>& row, const T* weight, const T* bias, T* out, Index width, double eps
+) {
     typedef typename Wide<T>::type A;
     const A mean = row.sum([](A sum, A x) { return sum + x; }) / A(width);
     const A variance = row.sum([=](A sum, A x) { return fma(x - mean, x - mean, sum); }) / A(width);

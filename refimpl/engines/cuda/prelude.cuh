@@ -1,8 +1,8 @@
 // What all kernels share: types, and where a thread stands.
 //
-// All kernels are templates over the element type T; Wide<T> is what T is computed in: float for half, T otherwise, with
-// one rounding at the end. Pointers are rows of arrays whose last axis is contiguous; strides count elements. Scalars
-// are `Index` or `double`, never anything else, so that a launch cannot pass the wrong width.
+// All kernels are templates over the element type T; Wide<T> is what T is computed in: float for half, T otherwise,
+// with one rounding at the end. Pointers are rows of arrays whose last axis is contiguous; strides count elements.
+// Scalars are `Index` or `double`, never anything else, so that a launch cannot pass the wrong width.
 //
 // Two launch shapes. *Rows by columns*: a block of (columns, rows) threads, every thread walks along its row, so that
 // no index is divided per element. *One block per row*: for sums and maxima; the block's threads are a power of two.

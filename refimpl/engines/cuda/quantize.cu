@@ -36,8 +36,8 @@ template <typename T, int N> __device__ typename Bits<T>::type part_most(
 // First step of op quantize of the reference where heads are long. Blocks of a head in a line.
 template <typename T, bool VECTOR>
 __global__ void kernel_most(
-    const T* x, typename Bits<T>::type* most, Index heads, Index length, Index width, Index batch_stride, Index head_stride,
-    Index row_stride, Index parts, Index span
+    const T* x, typename Bits<T>::type* most, Index heads, Index length, Index width, Index batch_stride,
+    Index head_stride, Index row_stride, Index parts, Index span
 ) {
     Index map = blockIdx.x / parts, part = blockIdx.x % parts;
     x += map / heads * batch_stride + map % heads * head_stride;
@@ -45,14 +45,14 @@ __global__ void kernel_most(
     if (threadIdx.x == 0) atomicMax(most + map, found);
 }
 
-// round(x / sigma) with sigma = max |x| / 127, each rounded as the reference does. A head that is too small to divide by
-// has sigma 1; one that is not finite the codes 0.
+// round(x / sigma) with sigma = max |x| / 127, each rounded as the reference does. A head that is too small to divide
+// by has sigma 1; one that is not finite the codes 0.
 // x (B, heads, length, width) by strides -> codes, contiguous, sigmas (B, heads). Op quantize of the reference. Where a
 // head is one block's, that finds the maximum too.
 template <typename T, bool VECTOR>
 __global__ void kernel_codes(
-    const T* x, const typename Bits<T>::type* most, signed char* codes, T* sigmas, Index heads, Index length, Index width,
-    Index batch_stride, Index head_stride, Index row_stride, Index parts, Index span, double tiny
+    const T* x, const typename Bits<T>::type* most, signed char* codes, T* sigmas, Index heads, Index length,
+    Index width, Index batch_stride, Index head_stride, Index row_stride, Index parts, Index span, double tiny
 ) {
     typedef typename Wide<T>::type A;
     const int N = VECTOR ? 16 / sizeof(T) : 1;

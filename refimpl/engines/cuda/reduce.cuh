@@ -8,7 +8,8 @@ template <typename A> __device__ A larger(A a, A b) { return a > b || a != a ? a
 struct Sum { template <typename A> __device__ A operator()(A a, A b) const { return a + b; } };
 struct Larger { template <typename A> __device__ A operator()(A a, A b) const { return larger(a, b); } };
 
-// What f makes of the values of a block's threads, the same in all of them; cells holds blockDim.x values, a power of two.
+// What f makes of the values of a block's threads, the same in all of them; cells holds blockDim.x values,
+// a power of two.
 template <typename A, typename F> __device__ A of_block(A value, A* cells, F f) {
     __syncthreads();  // the cells may still be read
     cells[threadIdx.x] = value;

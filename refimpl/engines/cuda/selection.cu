@@ -1,5 +1,6 @@
 // SVD-softmax's part between two products: the N largest of V previews, their full views, and a softmax of long rows.
-// Shim et al., "SVD-Softmax", NIPS 2017: I = the N largest previews; z_i += R[i, W:] . g[W:] for i in I; softmax of all.
+// Shim et al., "SVD-Softmax", NIPS 2017: I = the N largest previews; z_i += R[i, W:] . g[W:] for i in I;
+// softmax of all.
 //
 // A row of 800,000 numbers occupies the whole device only if many blocks share it: a row is cut into `blocks` parts of
 // `span` numbers, block `part` of the row has the numbers from part * span on. What blocks know of each other goes
@@ -228,7 +229,9 @@ __global__ void kernel_part_sums(const T* z, A* stats, Index width, Index stride
 // exp(number - maximum) / sum by the parts' maxima and sums; zeros in a row of -inf.
 // z (rows, width), rows `stride` apart, stats (rows, blocks, 2) -> out (rows, width). Last step of op softmax.
 template <typename T, typename A>
-__global__ void kernel_long_softmax(const T* z, const A* stats, T* out, Index width, Index stride, Index blocks, Index span) {
+__global__ void kernel_long_softmax(
+    const T* z, const A* stats, T* out, Index width, Index stride, Index blocks, Index span
+) {
     __shared__ A cells[256];
     Index row = blockIdx.x / blocks, part = blockIdx.x % blocks;
     const A* of_row = stats + row * blocks * 2;

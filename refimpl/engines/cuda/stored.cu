@@ -16,7 +16,9 @@ template <typename A> __device__ bool before(const Nearest<A>& a, const Nearest<
     return a.squared < b.squared || a.squared != a.squared;
 }
 
-struct First { template <typename N> __device__ N operator()(const N& a, const N& b) const { return before(b, a) ? b : a; } };
+struct First {
+    template <typename N> __device__ N operator()(const N& a, const N& b) const { return before(b, a) ? b : a; }
+};
 
 // The nearest of each block's points, sum((point - x)^2) and its row.
 // x (B, width), points (count, width), rows their strides apart -> found (B, blocks). First step of op nearest of the
