@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from effref import calibration, gpu, machines
+from effref import calibration, context, gpu, machines, profiles
 from effref.calibration import METHODS, Cell, _model
 from effref.context import _gpus, available_bytes, gpu_name
 from simulated_gpu import FAR_BYTES_PER_S, L2_BYTES, LAUNCH_S, NEAR_BYTES_PER_S, OVERHEAD_S, SimulatedCupy, SimulatedGpu
@@ -326,13 +326,12 @@ SMALL = (
 )
 
 
-@pytest.mark.parametrize("dtype", ["float16"])
-def test_calibration_finds_the_constants_of_the_device(effref, monkeypatch, cache, dtype) -> None:
+def test_calibration_finds_the_constants_of_the_device(effref, monkeypatch, cache) -> None:
     """Launches from the passes; bandwidths, which launches hide there, from graphs of one op."""
     monkeypatch.setattr(calibration, "CELLS", SMALL)
     monkeypatch.setattr(calibration, "LARGE_CELLS", ())
     monkeypatch.setattr(calibration, "ADDS", (2, 6))
-    words = ["--device", "gpu", "--dtype", dtype]
+    words = ["--device", "gpu", "--dtype", "float16"]
     result = effref("calibrate", *words, "--seconds", "0.1", "--format", "json")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
@@ -346,7 +345,7 @@ def test_calibration_finds_the_constants_of_the_device(effref, monkeypatch, cach
         assert op["overlaps"]
         assert op["overhead_s"] == pytest.approx(OVERHEAD_S, rel=0.02)
     (place,) = (cache / "profiles").iterdir()
-    assert place.name.endswith(f"-cupy-{dtype}.json")
+    assert place.name.endswith("-cupy-float16.json")
     again = effref(
         "measure", *RUN, *words, "--model", "bert-base", "--seq", "9,21", "--method", "dense", "--format", "json"
     )
@@ -387,8 +386,6 @@ def test_memory_that_runs_out_while_calibrating(effref, monkeypatch, cache, erro
 
 def test_tf32_is_an_engine_of_its_own(on_gpu) -> None:
     """Recorded with the result, under a profile of its own, and never used unasked."""
-    from effref import profiles
-
     asked = timed(on_gpu, "--seq", "8", "--method", "dense", "--tf32")
     assert (asked["config"]["engine"], asked["config"]["tf32"]) == ("cupy-tf32", True)
     assert {one["engine"] for one in asked["results"]} == {"cupy-tf32"}
@@ -544,8 +541,6 @@ def test_the_state_of_the_gpu_is_in_the_context(on_gpu, nvml) -> None:
 
 
 def test_the_gpu_has_the_name_that_its_library_tells(on_gpu, nvml, monkeypatch) -> None:
-    from effref import context
-
     for listed in (None, "the first on the bus, which need not be CUDA's"):
         monkeypatch.setattr(context, "gpu_name", lambda listed=listed: listed)
         assert measured(on_gpu)["context"]["gpu"] == "NVIDIA Simulated"
@@ -638,10 +633,6 @@ def test_the_preset_is_that_of_the_nearest_chip(monkeypatch, name, preset) -> No
      ("GPU-22", "NVIDIA H100 80GB HBM3"), ("GPU-33", None)],
 )  # fmt: skip
 def test_the_gpu_is_the_visible_one(monkeypatch, tmp_path, visible, name) -> None:
-    import effref as package
-    from effref import context
-
-    assert package
     for place, model, uuid in (("0000:01:00.0", "NVIDIA L4", 11), ("0000:02:00.0", "NVIDIA H100 80GB HBM3", 22)):
         (tmp_path / place).mkdir()
         text = f"Model: \t\t {model}\nIRQ:   \t\t 16\nGPU UUID: \t GPU-{uuid}-aa\nVideo BIOS: \t 96\n"

@@ -23,7 +23,9 @@ FILTERED = Source(
     capability=80,
     apart=True,
 )  # fmt: skip
-HALF = Source("filtered_half.cu", ("filtered_half<true>", "filtered_half<false>"), ("float16",), 80, apart=True)
+HALF = Source(
+    "filtered_half.cu", ("filtered_half<true>", "filtered_half<false>"), dtypes=("float16",), capability=80, apart=True
+)
 QUANTIZE = Source("quantize.cu", ("most<T, true>", "most<T, false>", "codes<T, true>", "codes<T, false>"))
 MARGINS = Source("margins.cu", ("margins<__half>", "margins<float>", "margins<double>"), dtypes=("float64",))
 
