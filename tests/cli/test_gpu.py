@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import sys
@@ -544,6 +545,17 @@ def test_the_gpu_has_the_name_that_its_library_tells(on_gpu, nvml, monkeypatch) 
     for listed in (None, "the first on the bus, which need not be CUDA's"):
         monkeypatch.setattr(context, "gpu_name", lambda listed=listed: listed)
         assert measured(on_gpu)["context"]["gpu"] == "NVIDIA Simulated"
+
+
+def test_rows_of_a_sweep_say_which_gpu_measured_them(on_gpu, nvml, tmp_path) -> None:
+    grid, rows = tmp_path / "grid.toml", tmp_path / "rows.csv"
+    sizes = "layers = [1]\nd_model = [16]\nheads = [2]\nd_ff = [16]"
+    grid.write_text(f"[model]\nname = 'bert-base'\n{sizes}\n[workload]\nseq = [8]\n[method.dense]\n")
+    result = on_gpu("sweep", str(grid), "--device", "gpu", "--mode", "measure", "--output", str(rows))
+    assert result.exit_code == 0, result.stderr
+    with rows.open() as file:
+        (row,) = csv.DictReader(file)
+    assert (row["device"], row["gpu"]) == ("gpu", "NVIDIA Simulated")
 
 
 @pytest.mark.parametrize(
