@@ -355,8 +355,12 @@ def test_calibration_finds_the_constants_of_the_device(effref, monkeypatch, cach
     assert "cupy, " in effref("calibrate", *words, "--seconds", "0.1").stdout
 
 
-def test_bandwidths_that_the_clock_does_not_tell_are_left_to_the_passes(cupy, monkeypatch) -> None:
-    monkeypatch.setattr(cupy.cuda, "get_elapsed_time", lambda start, stop: 0.5)
+def test_bandwidths_that_the_clock_or_graphs_do_not_tell_are_left_to_the_passes(cupy, monkeypatch) -> None:
+    assert set(calibration.bandwidths(SimulatedGpu(), "float32")) == {"near_bytes_per_s", "far_bytes_per_s"}
+    with monkeypatch.context() as patch:
+        patch.setattr(cupy.cuda, "get_elapsed_time", lambda start, stop: 0.5)
+        assert calibration.bandwidths(SimulatedGpu(), "float32") == {}
+    cupy.invalid = True  # CUDA refuses the first capture
     assert calibration.bandwidths(SimulatedGpu(), "float32") == {}
 
 
@@ -371,14 +375,20 @@ def test_calibration_takes_what_fits(cupy) -> None:
     assert "begin" not in cupy.log  # refused before the bandwidths, whose arrays are large
 
 
-@pytest.mark.parametrize("error", SHORTAGES)
-def test_memory_that_runs_out_while_calibrating(effref, monkeypatch, cache, error) -> None:
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        *((error, "the memory of the GPU ran out while calibrating: end other programs") for error in SHORTAGES),
+        (CUBLASError("CUBLAS_STATUS_EXECUTION_FAILED"), "the GPU failed (CUBLAS_STATUS_EXECUTION_FAILED)"),
+    ],
+)
+def test_failures_while_calibrating(effref, monkeypatch, cache, error, said) -> None:
     monkeypatch.setattr(calibration, "CELLS", SMALL)
     monkeypatch.setattr(calibration, "LARGE_CELLS", ())
     monkeypatch.setattr(calibration, "bandwidths", lambda gpu, dtype: {})
     failing_at(monkeypatch, 33, error)
     for command in (["calibrate", "--device", "gpu"], ["measure", *RUN, "--seq", "8"]):
-        assert "the memory of the GPU ran out while calibrating: end other programs" in error_of(effref(*command))
+        assert said in error_of(effref(*command))
     assert not (cache / "profiles").exists()
 
 
