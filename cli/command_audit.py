@@ -20,7 +20,7 @@ from .progress import Progress
 @options.gpu_options
 @options.hardware_option
 @click.option(
-    "--max-seconds", type=click.FloatRange(0, min_open=True), metavar="S", default=600.0, show_default=True,
+    "--max-seconds", type=options.Number(0, min_open=True), metavar="S", default=600.0, show_default=True,
     help="For all claims together; what is begun is finished.",
 )  # fmt: skip
 @options.seed_option

@@ -29,7 +29,7 @@ HALF = Source(
 QUANTIZE = Source("quantize.cu", ("most<T, true>", "most<T, false>", "codes<T, true>", "codes<T, false>"))
 MARGINS = Source("margins.cu", ("margins<__half>", "margins<float>", "margins<double>"), dtypes=("float64",))
 
-TILE, KEYS, PAD, ROOM = 16, 64, 16, 40  # rows of a warp, keys of a tile, bytes and numbers between rows: filtered.cu
+TILE, KEYS, PAD, ROOM = 16, 64, 16, 40  # rows of a warp, keys of a tile, bytes and numbers between rows: filtered.cuh
 VALUE_PAD = 8  # numbers behind a row of values and of sums: filtered_half.cu
 WARPS = 4  # of a block
 HEAD_PACKS = 2048  # of 16 bytes: a longer head is quantised by several blocks
