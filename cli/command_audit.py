@@ -49,8 +49,8 @@ def command(
     plan = planned(method, model, measure, device, engine, threads, hardware, max_seconds, seed)
     document = audited(plan, progress)
     if target.needs_context:
-        from .context import context
+        from .context import completed
 
-        document["context"] = context(plan.threads)
+        document = completed(document, plan.threads)
     target.write_blocks(lambda: blocks(document), progress, json=lambda: render.as_json(document))
     return exit_code(document)

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 from effref import calibration, context, gpu, machines, profiles
+from effref.auditing.measurements import MEASUREMENTS
 from effref.calibration import METHODS, Cell, _model
 from effref.context import _gpus, available_bytes, gpu_name
 from simulated_gpu import FAR_BYTES_PER_S, L2_BYTES, LAUNCH_S, NEAR_BYTES_PER_S, OVERHEAD_S, SimulatedCupy, SimulatedGpu
 
+from refimpl.config import override, preset
 from refimpl.engines import ENGINES
 from refimpl.engines.numpy_engine import NumpyEngine
 from refimpl.errors import UnsupportedError
@@ -555,6 +557,22 @@ def test_the_gpu_has_the_name_that_its_library_tells(on_gpu, nvml, monkeypatch) 
     for listed in (None, "the first on the bus, which need not be CUDA's"):
         monkeypatch.setattr(context, "gpu_name", lambda listed=listed: listed)
         assert measured(on_gpu)["context"]["gpu"] == "NVIDIA Simulated"
+
+
+def test_an_audit_says_which_gpu_it_is_from(on_gpu, nvml, monkeypatch) -> None:
+    config = override(preset("bert-base"), layers=2, d_model=16, heads=2, d_ff=16, vocab=20)
+
+    def timed_once(settings: Any, lab: Any) -> list[Any]:
+        lab.timed(config, "reuse", {"group": 2}, 8)
+        return []
+
+    monkeypatch.setitem(MEASUREMENTS, "reuse-speedup", timed_once)
+    words = ["audit", "--method", "reuse", "--device", "gpu", "--hardware", "l4", "--max-seconds", "1"]
+    result = on_gpu(*words, "--format", "json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["context"]["gpu"] == "NVIDIA Simulated"
+    nvml.lacks = ("nvmlInit",)
+    assert json.loads(on_gpu(*words, "--format", "json").stdout)["context"]["gpu"] == gpu_name()
 
 
 def test_rows_of_a_sweep_say_which_gpu_measured_them(on_gpu, nvml, tmp_path) -> None:
