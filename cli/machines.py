@@ -82,8 +82,19 @@ def find(given: str | Hardware | None) -> Hardware | None:
 
 
 def local(engine: str, threads: int, dtype: str, progress: Progress) -> Hardware:
-    """This machine's profile, calibrated now where there is none."""
-    return profiles.load(engine, threads, dtype) or calibrate(engine, threads, dtype, None, progress)
+    """This machine's profile, calibrated now where there is none, or one of another GPU, which is noted.
+
+    The file is named after the GPU where the driver lists it, so that it can be another one's in a container, or where
+    GPUs differ and CUDA counts them in another order.
+    """
+    found = profiles.load(engine, threads, dtype)
+    if found and ENGINES[engine][2] == "gpu":
+        ops: Any = get_engine(engine)
+        kept, here = found.about.get("machine"), ops.device_name()
+        if kept not in (None, here):
+            progress.note(f"the profile that is kept here is of {kept}, not of {here}: calibrating anew")
+            found = None
+    return found or calibrate(engine, threads, dtype, None, progress)
 
 
 def calibrate(engine: str, threads: int, dtype: str, seconds: float | None, progress: Progress) -> Hardware:

@@ -8,6 +8,7 @@ import os
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -392,6 +393,23 @@ def test_failures_while_calibrating(effref, monkeypatch, cache, error, said) -> 
     for command in (["calibrate", "--device", "gpu"], ["measure", *RUN, "--seq", "8"]):
         assert said in error_of(effref(*command))
     assert not (cache / "profiles").exists()
+
+
+def test_the_profile_of_another_gpu_is_not_taken(effref, monkeypatch) -> None:
+    made = []
+
+    def calibrate(*given: Any, **named: Any) -> Any:
+        own = profile(kind="gpu")
+        made.append(replace(own, about={**own.about, "machine": "NVIDIA Simulated" if made else "NVIDIA L4"}))
+        return made[-1]
+
+    monkeypatch.setattr(calibration, "calibrate", calibrate)
+    words = ["measure", *RUN, "--seq", "8", "--method", "dense", "--format", "json"]
+    for count, noted in ((1, False), (2, True), (2, False)):
+        result = effref(*words)
+        assert result.exit_code == 0, result.stderr
+        assert len(made) == count
+        assert ("of NVIDIA L4, not of NVIDIA Simulated: calibrating anew" in result.stderr) == noted
 
 
 # --- TF32 ------------------------------------------------------------------------------------------------------------
