@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -34,10 +34,8 @@ from refimpl.weights import load_model
 from .context import available_bytes, cpu_name
 from .gpu import held_by_others
 
-Progress = Callable[[str, float], None]
+Say = Callable[[str, float], None]  # a message and the fraction done
 Key = tuple[str, tuple[tuple[str, int], ...]]  # op and sizes
-
-
 Under = tuple[tuple[str, dict[str, Any]], ...]  # methods and their parameters
 
 ADDS, REPLAYS, WIDTH = (20, 120), 5, 1024  # of the graphs that bandwidths are measured with; columns of their arrays
@@ -95,7 +93,7 @@ def _model(recipe: str, d_model: int, heads: int, d_ff: int, **changes: Any) -> 
 
 
 # Widths, head widths and lengths on either side of what people run; no preset's own.
-CELLS = (
+CELLS: tuple[Cell, ...] = (
     Cell(_model("conformer", 208, 4, 832), 90),
     Cell(_model("conformer", 320, 5, 1280), 640),
     Cell(_model("conformer", 144, 3, 576), 1700),
@@ -126,9 +124,8 @@ CELLS = (
     Cell(_model("decoder", 1216, 19, 3328, layers=8), kv_len=700, methods=(*EXACT, *HEAD)),
 )
 
-
 # What a GPU runs beside them: launches take most of the time of the ones above, so that these have to fill it.
-LARGE_CELLS = (
+LARGE_CELLS: tuple[Cell, ...] = (
     Cell(_model("conformer", 320, 5, 1280), 640, batch=12),
     Cell(_model("conformer", 144, 3, 576), 1700, batch=6),
     Cell(_model("conformer", 640, 10, 2560), 480, batch=16, methods=(*METHODS, *QUARTERS)),
@@ -150,7 +147,7 @@ def calibrate(
     threads: int | None = None,
     dtype: str = "float32",
     seconds: float = 12.0,
-    progress: Progress | None = None,
+    progress: Say | None = None,
 ) -> Hardware:
     """Fit the constants of this machine under one engine.
 
@@ -176,28 +173,27 @@ def calibrate(
         If the free memory of the GPU holds not even the small models.
     """
     say = progress or (lambda message, fraction: None)
-    ops = get_engine(engine)
+    ops: Any = get_engine(engine)
     if threads is not None and hasattr(ops, "set_threads"):
         ops.set_threads(threads)
-    device = ENGINES[engine][2]
+    kind: Literal["cpu", "gpu"] = "gpu" if ENGINES[engine][2] == "gpu" else "cpu"
     about: dict[str, Any] = {
         "engine": engine,
-        "device": device,
+        "device": kind,
         "threads": threads or getattr(ops, "threads", None),
         "dtype": dtype,
         "machine": cpu_name(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "capacity_bytes": available_bytes(device),
+        "capacity_bytes": available_bytes(kind),
     }
-    if device == "cpu":
-        passes = _measure(CELLS, ops, dtype, seconds, say)
-        say("fitting", 1.0)
-        return fit(passes, DTYPES[dtype], kind="cpu", about=about)
-    gpu: Any = ops
-    about |= {"threads": None, "machine": gpu.device_name(), "cache_bytes": gpu.cache_bytes(), **bandwidths(gpu, dtype)}
-    passes = _measure(fitting(dtype, about["capacity_bytes"]), ops, dtype, seconds, say)
+    cells = CELLS
+    if kind == "gpu":
+        cells = fitting(dtype, about["capacity_bytes"])
+        about |= {"threads": None, "machine": ops.device_name(), "cache_bytes": ops.cache_bytes()}
+        about |= bandwidths(ops, dtype)
+    passes = _measure(cells, ops, dtype, seconds, say)
     say("fitting", 1.0)
-    return fit(passes, DTYPES[dtype], kind="gpu", about=about)
+    return fit(passes, DTYPES[dtype], kind=kind, about=about)
 
 
 def bandwidths(gpu: Any, dtype: str) -> dict[str, float]:
@@ -283,7 +279,7 @@ class _Run:
         return Pass(cost, list(_samples([one.calls for one in self.passes])), total_s)
 
 
-def _measure(cells: Sequence[Cell], ops: Engine, dtype: str, seconds: float, say: Progress) -> list[Pass]:
+def _measure(cells: Sequence[Cell], ops: Engine, dtype: str, seconds: float, say: Say) -> list[Pass]:
     """Every cell under every method, in rounds until the time is spent."""
     runs = list(_runs(cells, ops, dtype))
     for index, run in enumerate(runs):

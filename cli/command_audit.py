@@ -20,7 +20,7 @@ from .progress import Progress
 @options.gpu_options
 @options.hardware_option
 @click.option(
-    "--max-seconds", type=click.FloatRange(0, min_open=True), metavar="S", default=600.0, show_default=True,
+    "--max-seconds", type=options.Number(0, min_open=True), metavar="S", default=600.0, show_default=True,
     help="For all claims together; what is begun is finished.",
 )  # fmt: skip
 @options.seed_option
@@ -49,8 +49,8 @@ def command(
     plan = planned(method, model, measure, device, engine, threads, hardware, max_seconds, seed)
     document = audited(plan, progress)
     if target.needs_context:
-        from .context import context
+        from .context import completed
 
-        document["context"] = context(plan.threads)
+        document = completed(document, plan.threads)
     target.write_blocks(lambda: blocks(document), progress, json=lambda: render.as_json(document))
     return exit_code(document)

@@ -18,7 +18,7 @@ from .request import device_and_engine
 @options.gpu_options
 @options.dtype_option
 @click.option(
-    "--seconds", type=click.FloatRange(0, min_open=True), metavar="S", help="Time to measure; more is steadier."
+    "--seconds", type=options.Number(0, min_open=True), metavar="S", help="Time to measure; more is steadier."
 )
 @options.output_options("table", "json", "md")
 def command(

@@ -29,7 +29,7 @@ from .progress import Progress
 @options.gpu_options
 @options.hardware_option
 @click.option(
-    "--max-seconds", type=click.FloatRange(0, min_open=True), metavar="S", default=120.0, show_default=True,
+    "--max-seconds", type=options.Number(0, min_open=True), metavar="S", default=120.0, show_default=True,
     help="For measuring, all methods and baselines together.",
 )  # fmt: skip
 @options.seed_option

@@ -38,7 +38,7 @@ GATE_FAILED = 1
 @options.plot_option
 @click.option(
     "--fail-above",
-    type=click.FloatRange(0),
+    type=options.Number(0),
     metavar="PERCENT",
     help="Exit with 1 when the median absolute error of components is larger.",
 )

@@ -38,7 +38,7 @@ def command() -> None:
 @click.option("--seq", type=options.POSITIVE, default=128, show_default=True, metavar="T", help="Tokens of a window.")
 @click.option("--sequences", type=options.POSITIVE, metavar="N", help="Windows to keep, at most.  [all]")
 @click.option(
-    "--held-out", type=click.FloatRange(0, 0.9), default=0.2, show_default=True, metavar="PART",
+    "--held-out", type=options.Number(0, 0.9), default=0.2, show_default=True, metavar="PART",
     help="The last part of each text is not kept, but left for 'profile'.",
 )  # fmt: skip
 @click.option("--epochs", type=click.IntRange(0), default=40, show_default=True, metavar="N", help="Of training.")
@@ -93,7 +93,7 @@ def inspect(folder: Path, form: str | None, path: Path | None, quiet: bool) -> N
 @FOLDER
 @FILES
 @click.option("--taus", metavar="LIST", default="0.95,0.9,0.8,0.7,0", show_default=True, help="Thresholds.")
-@click.option("--tau", type=float, default=0.9, show_default=True, help="At which layers are selected.")
+@click.option("--tau", type=options.Number(0, 1), default=0.9, show_default=True, help="At which layers are selected.")
 @click.option("--batch", type=options.POSITIVE, default=8, show_default=True, metavar="B", help="Sequences of a pass.")
 @click.option("--repeats", type=options.POSITIVE, default=3, show_default=True, metavar="N", help="Rounds.")
 @click.option("--transfer", type=click.Choice(("copy", "map")), default="copy", show_default=True, help="Of maps.")

@@ -8,10 +8,9 @@ from pathlib import Path
 import click
 
 from . import options
+from .endings import INTERRUPTED
 from .parsing import parse_names
 from .progress import Progress
-
-INTERRUPTED = 130
 
 
 def _example(ctx: click.Context, _parameter: click.Parameter, given: bool) -> None:
@@ -38,7 +37,7 @@ def _example(ctx: click.Context, _parameter: click.Parameter, given: bool) -> No
 @options.repeats_option
 @click.option("--warmup", type=click.IntRange(0), metavar="N", default=1, show_default=True, help="Before them.")
 @click.option(
-    "--max-seconds", type=click.FloatRange(0, min_open=True), metavar="S", default=10.0, show_default=True,
+    "--max-seconds", type=options.Number(0, min_open=True), metavar="S", default=10.0, show_default=True,
     help="For the passes of each point.",
 )  # fmt: skip
 @options.seed_option

@@ -12,6 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from .files import write_text
+from .gpu import LIMIT
+
 PACKAGES = ("effref", "numpy", "scipy", "numba", "cupy", "cupy-cuda12x", "cupy-cuda13x")
 _CPU_LIST = Path("/sys/devices/system/cpu")
 _GPU_LIST = Path("/proc/driver/nvidia/gpus")
@@ -24,7 +27,7 @@ def context(threads: int) -> dict[str, Any]:
         "host": platform.node(),
         "cpu": cpu_name(),
         "gpu": gpu_name(),
-        **({"gpu_memory_limit": limit} if (limit := os.environ.get("CUPY_GPU_MEMORY_LIMIT")) else {}),
+        **({"gpu_memory_limit": limit} if (limit := os.environ.get(LIMIT)) else {}),
         "threads": threads,
         "blas": _blas(),
         "versions": _versions(),
@@ -35,7 +38,7 @@ def context(threads: int) -> dict[str, Any]:
 def completed(document: Mapping[str, Any], threads: int) -> dict[str, Any]:
     """A result with its whole ``context``; what a measurement put there stays."""
     found = {**context(threads), **document.get("context", {})}
-    found["gpu"] = found["gpu"] or found.get("gpu_state", {}).get("name")  # where the driver lists no names
+    found["gpu"] = found.get("gpu_state", {}).get("name") or found["gpu"]  # which knows what CUDA's first device is
     return {**document, "context": found}
 
 
@@ -62,14 +65,15 @@ def cpu_name() -> str:
 def _asked_cpu_name() -> str:
     """py-cpuinfo takes a second, so its answer is kept."""
     kept = cache_root() / f"cpu-{slug(platform.node())}.txt"
-    with suppress(OSError):
-        return kept.read_text("utf-8")
+    with suppress(OSError, UnicodeDecodeError):
+        if name := kept.read_text("utf-8").strip():
+            return name
     import cpuinfo
 
     name = str(cpuinfo.get_cpu_info().get("brand_raw") or platform.machine())
     with suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(name, "utf-8")
+        write_text(kept, name)
     return name
 
 

@@ -18,7 +18,7 @@ def worked(work: Callable[[], None], has_results: Callable[[], Any], progress: P
 
     Raises
     ------
-    KeyboardInterrupt, MemoryError
+    KeyboardInterrupt, MemoryError, or what CuPy raises where memory runs out
         If it ended before the first result.
     """
     try:

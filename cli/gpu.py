@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
-from refimpl.errors import ConfigError, MissingDependencyError
+from refimpl.engines.cuda.failures import of_cupy
+from refimpl.errors import ConfigError
 
-CUPY = ("cupy", "cupy_backends")  # whose modules raise what CUDA, cuBLAS and the compiler report
 LIMIT = "CUPY_GPU_MEMORY_LIMIT"  # CuPy's own variable, read when its pool is made
 SHORTAGES = ("cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY", "STATUS_ALLOC_FAILED")
 MENTIONED = 0.02  # of the memory, from which someone else's part is worth a word
@@ -34,11 +34,6 @@ REASONS = {
 
 
 # --- failures and memory --------------------------------------------------------------------------------------------
-
-
-def of_cupy(error: BaseException) -> bool:
-    """Whether CuPy raised it: an error of CUDA, of one of its libraries or of the compiler."""
-    return type(error).__module__.split(".")[0] in CUPY
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -67,13 +62,14 @@ def limit_memory(given: str) -> None:
 
 
 def _as_cupy_reads_it(given: str) -> str:
-    number, unit = (given[:-1], "%") if given.endswith("%") else (given.removesuffix("GiB"), given[-3:])
     with suppress(ValueError):
-        value = float(number) * (2**30 if unit == "GiB" else 1)
-        if unit == "%" and 0 < value <= 100:
-            return given
-        if unit != "%" and 1 <= value < 2**63:
-            return str(int(value))
+        if given.endswith("%"):
+            if 0 < float(given[:-1]) <= 100:
+                return given
+        else:
+            size = float(given.removesuffix("GiB")) * (2**30 if given.endswith("GiB") else 1)
+            if 1 <= size < 2**63:
+                return str(int(size))
     raise ConfigError(f"--gpu-memory {given}: give bytes, as 8589934592 or 8GiB, or a part of all, as 40%")
 
 
@@ -90,22 +86,22 @@ def held_by_others(device: str) -> str:
     named = [f"process {pid}{name} holds {_gib(held)}" for pid, name, held in holders if held > MENTIONED * total]
     if named:
         return f" ({', '.join(named)})"
-    return (
-        f" ({_gib(elsewhere)} of {_gib(total)} are held by other programs and the driver)"
-        if elsewhere > MENTIONED * total
-        else ""
-    )
+    if elsewhere > MENTIONED * total:
+        return f" ({_gib(elsewhere)} of {_gib(total)} are held by other programs and the driver)"
+    return ""
 
 
 def _holders(nvml: Any, handle: Any) -> list[tuple[int, str, int]]:
-    """Other processes, their names where they can be seen, and their bytes; the largest first."""
+    """Other processes, their names where they can be seen, and their bytes; the largest first.
+
+    None where this process is not among those that use the GPU: the numbers are then the host's, not this container's.
+    """
     import psutil
 
-    held: dict[int, int] = {}
-    for kind in ("Compute", "Graphics"):
-        for one in _asked(getattr(nvml, f"nvmlDeviceGet{kind}RunningProcesses"), handle) or []:
-            if one.pid != os.getpid() and one.usedGpuMemory:  # None where the driver does not say
-                held[one.pid] = one.usedGpuMemory
+    asked = (nvml.nvmlDeviceGetComputeRunningProcesses, nvml.nvmlDeviceGetGraphicsRunningProcesses)
+    held = {one.pid: one.usedGpuMemory or 0 for question in asked for one in _asked(question, handle) or []}
+    if held.pop(os.getpid(), None) is None:
+        return []
     found = []
     for pid, size in sorted(held.items(), key=lambda item: -item[1]):
         name = ""
@@ -132,10 +128,12 @@ def watched(seen: dict[str, Any], note: Callable[[str], None], what: str) -> Ite
         if found is None:
             yield
             return
-        before, start = _state(*found), time.perf_counter()
+        before, counted, start = _state(*found), _counters(*found), time.perf_counter()
         yield
-        after, spent = _state(*found), time.perf_counter() - start
-        seen["gpu_state"] = {**_fixed(*found), **_between(before, after, spent)}
+        spent, after = time.perf_counter() - start, _state(*found)
+        seen["gpu_state"] = {
+            **_fixed(*found), "before": before, "after": after, **_between(counted, _counters(*found), spent)
+        }  # fmt: skip
     for reason in _lowered(seen["gpu_state"], spent):
         note(
             f"the GPU lowered its clocks while {what} ({reason}): the times are too long; let it cool, raise its power "
@@ -158,31 +156,32 @@ def _fixed(nvml: Any, handle: Any) -> dict[str, Any]:
 
 
 def _state(nvml: Any, handle: Any) -> dict[str, Any]:
-    """What does; the energy and the seconds under a limit count from when the driver was loaded."""
+    """What does."""
     reasons = _asked(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle)
-    limits = {"power": nvml.NVML_PERF_POLICY_POWER, "thermal": nvml.NVML_PERF_POLICY_THERMAL}
-    under = {name: _asked(nvml.nvmlDeviceGetViolationStatus, handle, policy) for name, policy in limits.items()}
     return {
         "sm_clock_hz": _times(1e6, _asked(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM)),
         "memory_clock_hz": _times(1e6, _asked(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_MEM)),
         "power_w": _times(1e-3, _asked(nvml.nvmlDeviceGetPowerUsage, handle)),
         "temperature_c": _asked(nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU),
         "throttle_reasons": None if reasons is None else [name for bit, (name, _) in REASONS.items() if reasons & bit],
-        "energy_j": _times(1e-3, _asked(nvml.nvmlDeviceGetTotalEnergyConsumption, handle)),
-        "throttled_s": {name: _times(1e-9, getattr(found, "violationTime", None)) for name, found in under.items()},
     }
 
 
-def _between(before: dict[str, Any], after: dict[str, Any], spent: float) -> dict[str, Any]:
-    """Both states, and what their counters say of the time between."""
-    energy = _difference(before.pop("energy_j"), after.pop("energy_j"))
-    first, last = before.pop("throttled_s"), after.pop("throttled_s")
+def _counters(nvml: Any, handle: Any) -> dict[str, float | None]:
+    """Joules, and seconds under each limit, since the driver was loaded."""
+    limits = {"power": nvml.NVML_PERF_POLICY_POWER, "thermal": nvml.NVML_PERF_POLICY_THERMAL}
+    under = {name: _asked(nvml.nvmlDeviceGetViolationStatus, handle, policy) for name, policy in limits.items()}
     return {
-        "before": before,
-        "after": after,
-        "mean_power_w": None if energy is None or spent <= 0 else energy / spent,
-        "throttled_s": {name: _difference(first[name], last[name]) for name in first},
+        "energy": _times(1e-3, _asked(nvml.nvmlDeviceGetTotalEnergyConsumption, handle)),
+        **{name: _times(1e-9, getattr(found, "violationTime", None)) for name, found in under.items()},
     }
+
+
+def _between(first: dict[str, float | None], last: dict[str, float | None], spent: float) -> dict[str, Any]:
+    """What the counters say of the time between."""
+    passed = {name: _difference(first[name], last[name]) for name in first}
+    energy = passed.pop("energy")
+    return {"mean_power_w": None if energy is None or spent <= 0 else energy / spent, "throttled_s": passed}
 
 
 def _lowered(state: dict[str, Any], spent: float) -> list[str]:
@@ -199,6 +198,11 @@ def _lowered(state: dict[str, Any], spent: float) -> list[str]:
 @contextmanager
 def _nvml() -> Iterator[tuple[Any, Any] | None]:
     """NVIDIA's management library and its handle of CUDA's current device; None where either is missing."""
+    with ExitStack() as ends:
+        yield _opened(ends)
+
+
+def _opened(ends: ExitStack) -> tuple[Any, Any] | None:
     try:
         import pynvml
 
@@ -206,17 +210,11 @@ def _nvml() -> Iterator[tuple[Any, Any] | None]:
 
         ops: Any = engine("cupy")
         pynvml.nvmlInit()
-    except (ImportError, MissingDependencyError):
-        yield None
-        return
-    except Exception:  # NVMLError: no library, no driver, no permission
-        yield None
-        return
-    try:
-        handle = _asked(pynvml.nvmlDeviceGetHandleByPciBusId, ops.bus_id())
-        yield None if handle is None else (pynvml, handle)
-    finally:
-        pynvml.nvmlShutdown()
+    except Exception:  # no package, no GPU; NVMLError: no library, no driver, no permission
+        return None
+    ends.callback(_asked, pynvml.nvmlShutdown)
+    handle = _asked(pynvml.nvmlDeviceGetHandleByPciBusId, ops.bus_id())
+    return None if handle is None else (pynvml, handle)
 
 
 def _asked(question: Callable[..., Any], *arguments: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from refimpl.engines import engine as get_engine
 from refimpl.engines.protocol import Engine
 from refimpl.errors import ConfigError, UnsupportedError
 
-from . import profiles
+from . import gpu, profiles
 from .context import cpu_name, gpu_name
 from .files import OutputError
 from .progress import Progress
@@ -35,6 +35,7 @@ _GPUS = {
     "h200": "h200-sxm",
     "h100": "h100-sxm",
     "a100": "a100-sxm-80gb",
+    "l40": "rtx-4090",  # the same chip, AD102
     "l4": "l4",
     "4090": "rtx-4090",
     "": "h100-sxm",
@@ -81,8 +82,19 @@ def find(given: str | Hardware | None) -> Hardware | None:
 
 
 def local(engine: str, threads: int, dtype: str, progress: Progress) -> Hardware:
-    """This machine's profile, calibrated now where there is none."""
-    return profiles.load(engine, threads, dtype) or calibrate(engine, threads, dtype, None, progress)
+    """This machine's profile, calibrated now where there is none, or one of another GPU, which is noted.
+
+    The file is named after the GPU where the driver lists it, so that it can be another one's in a container, or where
+    GPUs differ and CUDA counts them in another order.
+    """
+    found = profiles.load(engine, threads, dtype)
+    if found and ENGINES[engine][2] == "gpu":
+        ops: Any = get_engine(engine)
+        kept, here = found.about.get("machine"), ops.device_name()
+        if kept not in (None, here):
+            progress.note(f"the profile that is kept here is of {kept}, not of {here}: calibrating anew")
+            found = None
+    return found or calibrate(engine, threads, dtype, None, progress)
 
 
 def calibrate(engine: str, threads: int, dtype: str, seconds: float | None, progress: Progress) -> Hardware:
@@ -94,8 +106,16 @@ def calibrate(engine: str, threads: int, dtype: str, seconds: float | None, prog
     given = {} if seconds is None else {"seconds": seconds}
     progress.stage(f"calibrating {_under(engine, threads)}, {dtype}: once, for a while")
     start = time.perf_counter()
-    with limited(engine, threads), disturbances_noted("calibrating", progress, ENGINES[engine][2]) as seen:
-        hardware = calibration.calibrate(engine, threads, dtype, progress=progress.advance, **given)
+    try:
+        with limited(engine, threads), disturbances_noted("calibrating", progress, ENGINES[engine][2]) as seen:
+            hardware = calibration.calibrate(engine, threads, dtype, progress=progress.advance, **given)
+    except Exception as error:
+        if not gpu.out_of_memory(error):
+            raise
+        raise UnsupportedError(
+            f"{gpu.shortage(error)} while calibrating: end other programs that hold it, or name a preset from "
+            "'effref list hardware' with --hardware"
+        ) from error
     hardware = replace(hardware, about={**hardware.about, **seen})
     spent = time.perf_counter() - start
     try:
@@ -115,14 +135,9 @@ def disturbances_noted(what: str, progress: Progress, device: str = "cpu") -> It
         Afterwards what belongs into the ``context`` of the result: ``gpu_state``, on a GPU that tells it.
     """
     seen: dict[str, Any] = {}
-    with busy_cores_noted(what, progress):
-        if device == "gpu":
-            from . import gpu
-
-            with gpu.watched(seen, progress.note, what):
-                yield seen
-        else:
-            yield seen
+    watching = gpu.watched(seen, progress.note, what) if device == "gpu" else nullcontext()
+    with busy_cores_noted(what, progress), watching:
+        yield seen
 
 
 @contextmanager

@@ -82,13 +82,15 @@ def _exit_code(run: Any) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
+        from refimpl.engines.cuda.failures import of_cupy
+
         from . import gpu
 
         if gpu.out_of_memory(error):
             return _fail(f"{gpu.shortage(error)}: lower --seq, --batch or the model's size, or take --method flash")
         if sys.flags.dev_mode:
             raise
-        if gpu.of_cupy(error):
+        if of_cupy(error):
             return _fail(f"the GPU failed ({error}): 'nvidia-smi' shows whether it works and who else uses it")
         shown = "'python -X dev -m effref ...' shows where; please report it"
         return _fail(f"this is a bug in effref ({type(error).__name__}: {error}): {shown}")

@@ -146,7 +146,8 @@ def measure(
     Returns
     -------
     result : dict
-        The schema of ``effref measure --format json``. With ``"interrupted": True`` after Ctrl-C.
+        The schema of ``effref measure --format json``. With ``"interrupted": True`` after Ctrl-C, and
+        ``"out_of_memory"``, what ran out, where memory did; both hold what was measured until then.
 
     Raises
     ------

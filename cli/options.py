@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -26,6 +27,16 @@ OVERRIDES = {
     "d_ff": "the feed-forward width",
     "vocab": "the vocabulary",
 }
+
+
+class Number(click.FloatRange):
+    """A number within a range. nan, which is neither below nor above anything, click would take for one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail("nan is no number: give one, as 12.5.", param, ctx)
+        return number
 
 
 def parsed(parse: Callable[[Any], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
@@ -164,7 +175,7 @@ hardware_option = click.option(
 
 repeats_option = click.option("--repeats", type=POSITIVE, metavar="N", help="Passes, at most.  [5, in decoding 25]")
 max_seconds_option = click.option(
-    "--max-seconds", type=click.FloatRange(0, min_open=True), metavar="S", default=40.0, show_default=True,
+    "--max-seconds", type=Number(0, min_open=True), metavar="S", default=40.0, show_default=True,
     help="For all passes together; compilation and calibration come on top.",
 )  # fmt: skip
 seed_option = click.option(

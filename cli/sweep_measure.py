@@ -126,6 +126,7 @@ def row_of(number: int, document: Mapping[str, Any]) -> dict[str, Any]:
         **{f"measured_speedup_{name}": ratio["measured"] for name, ratio in speedup.items()},
         **{name: (result["fidelity"] or {}).get(name) for name in ("reference", "rel_l2", "cosine", "max_abs")},
         **{name: context[name] for name in ("host", "cpu", "date")},
+        "gpu": context["gpu"] if result["device"] == "gpu" else None,
         "notes": "; ".join([*document["notes"], *result["flags"]]),
     }
 

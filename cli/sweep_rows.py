@@ -27,8 +27,8 @@ PREDICTED = {
 MEASURED = {
     "measured_median_s": "float", "measured_p10_s": "float", "measured_p90_s": "float", "measured_n": "int",
     "rel_error": "float", "measured_speedup_dense": "float", "measured_speedup_flash": "float", "reference": "text",
-    "rel_l2": "float", "cosine": "float", "max_abs": "float", "host": "text", "cpu": "text", "date": "text",
-    "notes": "text",
+    "rel_l2": "float", "cosine": "float", "max_abs": "float", "host": "text", "cpu": "text", "gpu": "text",
+    "date": "text", "notes": "text",
 }  # fmt: skip
 ESTIMATE_COLUMNS = POINT | PREDICTED
 MEASURE_COLUMNS = ESTIMATE_COLUMNS | MEASURED

@@ -604,15 +604,10 @@ void multiply(T (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     together(~0u, multiply_all<T, E, k>, &mine);
 }
 
-struct Tf32 {  // the device does not read the lower 13 bits
-    unsigned bits;
-    explicit operator float() const { return emulation::bits<float>(bits & ~0x1fffu); }
-};
-
 struct Rows { unsigned* r; const unsigned short* row; };
-template <int matrices, bool transposed> void load_all(Thread* lanes, unsigned present) {
+template <bool transposed> void load_all(Thread* lanes, unsigned present) {
     if (present != ~0u) fail("ldmatrix without all lanes of the warp");
-    for (int matrix = 0; matrix < matrices; ++matrix) {
+    for (int matrix = 0; matrix < 4; ++matrix) {
         unsigned short cells[8][8];
         for (int i = 0; i < 8; ++i) {
             const unsigned short* row = slot<Rows>(lanes, 8 * matrix + i).row;
@@ -627,10 +622,10 @@ template <int matrices, bool transposed> void load_all(Thread* lanes, unsigned p
         }
     }
 }
-template <int matrices, bool transposed> void load(unsigned (&r)[matrices], const void* row) {
-    unsigned read[matrices];  // r may be what another lane's row points to
+template <bool transposed> void load(unsigned (&r)[4], const void* row) {
+    unsigned read[4];  // r may be what another lane's row points to
     Rows mine = {read, (const unsigned short*) row};
-    together(~0u, load_all<matrices, transposed>, &mine);
+    together(~0u, load_all<transposed>, &mine);
     memcpy(r, read, sizeof read);
 }
 
@@ -666,16 +661,11 @@ static void copy_until(int group) {
 static inline void mma_m16n8k16_f16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     emulation::multiply<float, __half, 16>(d, a, b);
 }
-static inline void mma_m16n8k8_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-    emulation::multiply<float, emulation::Tf32, 8>(d, a, b);
-}
 static inline void mma_m16n8k32_s8(int (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     emulation::multiply<int, signed char, 32>(d, a, b);
 }
-static inline void ldmatrix_x4(unsigned (&r)[4], const void* row) { emulation::load<4, false>(r, row); }
-static inline void ldmatrix_x4_trans(unsigned (&r)[4], const void* row) { emulation::load<4, true>(r, row); }
-static inline void ldmatrix_x2(unsigned (&r)[2], const void* row) { emulation::load<2, false>(r, row); }
-static inline void ldmatrix_x2_trans(unsigned (&r)[2], const void* row) { emulation::load<2, true>(r, row); }
+static inline void ldmatrix_x4(unsigned (&r)[4], const void* row) { emulation::load<false>(r, row); }
+static inline void ldmatrix_x4_trans(unsigned (&r)[4], const void* row) { emulation::load<true>(r, row); }
 static inline void copy_async_16(void* shared, const void* global, int bytes = 16) {
     emulation::copy_later(shared, global, bytes);
 }

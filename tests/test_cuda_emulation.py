@@ -91,49 +91,35 @@ __global__ void kernel_product(const __half* a, const __half* b, float* out, int
         else copy_async_commit();
         copy_async_wait<1>();
         __syncwarp();
-        unsigned left[4], other[2];
+        unsigned left[4], other[4];  // the second half of the warp reads the same rows again
         ldmatrix_x4(left, &tile[k / 16 % 2][lane % 16 * 16 + lane / 16 * 8]);
-        ldmatrix_x2_trans(other, &right[k / 16 % 2][lane % 16 * 8]);
-        mma_m16n8k16_f16(d, left, other);
+        ldmatrix_x4_trans(other, &right[k / 16 % 2][lane % 16 * 8]);
+        mma_m16n8k16_f16(d, left, {other[0], other[1]});
         __syncwarp();
     }
     for (int i = 0; i < 4; ++i) out[(row + g + i / 2 * 8) * N + column + t * 2 + i % 2] = d[i];
 }
 
-// One tile each, registers by hand: int8 a (16, 32) and b (8, 32), transposed; tf32 x (16, 8) and y (8, 8).
-__global__ void kernel_tiles(const unsigned* a, const unsigned* b, int* out, const float* x, const float* y, float* z) {
+// One tile, registers by hand: int8 a (16, 32) and b (8, 32), transposed.
+__global__ void kernel_tile(const unsigned* a, const unsigned* b, int* out) {
     const int g = threadIdx.x / 4, t = threadIdx.x % 4;
     const unsigned left[4] = {a[g * 8 + t], a[(g + 8) * 8 + t], a[g * 8 + t + 4], a[(g + 8) * 8 + t + 4]};
     const unsigned right[2] = {b[g * 8 + t], b[g * 8 + t + 4]};
     int d[4] = {1, 2, 3, 4};
     mma_m16n8k32_s8(d, left, right);
-    const unsigned l[4] = {
-        __float_as_uint(x[g * 8 + t]), __float_as_uint(x[(g + 8) * 8 + t]),
-        __float_as_uint(x[g * 8 + t + 4]), __float_as_uint(x[(g + 8) * 8 + t + 4]),
-    };
-    const unsigned r[2] = {__float_as_uint(y[t * 8 + g]), __float_as_uint(y[(t + 4) * 8 + g])};
-    float e[4] = {0, 0, 0, 0};
-    mma_m16n8k8_tf32(e, l, r);
-    for (int i = 0; i < 4; ++i) {
-        out[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = d[i];
-        z[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = e[i];
-    }
+    for (int i = 0; i < 4; ++i) out[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = d[i];
 }
 
-// What ldmatrix reads from memory (32, 8): (12, 32) registers.
+// What ldmatrix reads from memory (32, 8): (8, 32) registers.
 __global__ void kernel_ldmatrix(const uint4* x, unsigned* out) {
     DYNAMIC_SHARED(uint4, rows);
     rows[threadIdx.x] = x[threadIdx.x];
     __syncthreads();
-    unsigned r[4], s[2];
+    unsigned r[4];
     ldmatrix_x4(r, rows + threadIdx.x);
     for (int i = 0; i < 4; ++i) out[i * 32 + threadIdx.x] = r[i];
     ldmatrix_x4_trans(r, rows + threadIdx.x);
     for (int i = 0; i < 4; ++i) out[(4 + i) * 32 + threadIdx.x] = r[i];
-    ldmatrix_x2(s, rows + threadIdx.x);
-    for (int i = 0; i < 2; ++i) out[(8 + i) * 32 + threadIdx.x] = s[i];
-    ldmatrix_x2_trans(s, rows + threadIdx.x);
-    for (int i = 0; i < 2; ++i) out[(10 + i) * 32 + threadIdx.x] = s[i];
 }
 
 __global__ void kernel_dp4a(const int* a, const int* b, int* signed_out, unsigned* unsigned_out) {
@@ -219,7 +205,7 @@ __global__ void kernel_ended_lane(float* out) {
 KERNELS = [
     "kernel_sum<float>", "kernel_sum<double>", "kernel_sum<int>",
     *(f"kernel_{name}" for name in (
-        "shuffles", "where", "histogram", "product", "tiles", "ldmatrix", "dp4a", "vectors",
+        "shuffles", "where", "histogram", "product", "tile", "ldmatrix", "dp4a", "vectors",
         "deadlock", "two_collectives", "two_masks", "not_in_mask", "two_barriers", "static_overflow",
         "dynamic_overflow", "global_overflow", "unaligned", "nowhere", "divides",
         "uninitialised", "no_wait", "shift", "ended_lane",
@@ -301,25 +287,21 @@ def test_tensor_cores_multiply_halves(cupy, kernel):
     np.testing.assert_allclose(out, a.astype(float) @ b.astype(float), rtol=0, atol=80 * 2.0**-22)
 
 
-def test_tensor_cores_multiply_int8_and_tf32(cupy, kernel):
+def test_tensor_cores_multiply_int8(cupy, kernel):
     a, b = integers(16, 32, low=-128, high=128, dtype=np.int8), integers(8, 32, low=-128, high=128, dtype=np.int8)
-    x, y = normal(16, 8), normal(8, 8)
-    out, z = cupy.empty((16, 8), np.int32), cupy.empty((16, 8), np.float32)
-    arrays = [cupy.asarray(array) for array in (a.view(np.uint32), b.view(np.uint32))]
-    kernel("tiles")((1,), (32,), (*arrays, out, cupy.asarray(x), cupy.asarray(y), z))
+    out = cupy.empty((16, 8), np.int32)
+    kernel("tile")((1,), (32,), (cupy.asarray(a.view(np.uint32)), cupy.asarray(b.view(np.uint32)), out))
     start = np.tile([[1, 2], [3, 4]], (1, 4)).repeat(8, 0)
     np.testing.assert_array_equal(out, a.astype(int) @ b.T.astype(int) + start)
-    x, y = ((v.view(np.uint32) & 0xFFFFE000).view(np.float32).astype(float) for v in (x, y))
-    np.testing.assert_allclose(z, x @ y, rtol=0, atol=2.0**-20)
 
 
 def test_ldmatrix_deals_rows_and_columns(cupy, kernel):
     x = integers(4, 8, 8, high=65536, dtype=np.uint16)  # four matrices
-    out = cupy.empty((12, 32), np.uint32)
+    out = cupy.empty((8, 32), np.uint32)
     kernel("ldmatrix")((1,), (32,), (cupy.asarray(x.view(np.uint32)), out), shared_mem=512)
     plain = [m.reshape(-1).view(np.uint32) for m in x]
     turned = [np.ascontiguousarray(m.T).reshape(-1).view(np.uint32) for m in x]
-    np.testing.assert_array_equal(out, plain + turned + plain[:2] + turned[:2])
+    np.testing.assert_array_equal(out, plain + turned)
 
 
 def test_dp4a_is_a_product_of_four_bytes(cupy, kernel):
@@ -415,7 +397,7 @@ def test_the_device_compiles_the_same_source(tmp_path, architecture):
     ptx = (tmp_path / "module.ptx").read_text()
     for instruction in (
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32",
-        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32", "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16",
+        "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16",
         "cp.async.cg.shared.global", "cp.async.wait_group", "dp4a", "shfl.sync.bfly",
     ):  # fmt: skip
         assert instruction in ptx

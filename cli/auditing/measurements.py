@@ -48,6 +48,8 @@ class Lab:
         What was run for an earlier claim and says something about another one.
     interrupted : bool
         Whether a run was stopped and gave what it had seen until then.
+    gpu : str, optional
+        What ran them, where NVIDIA's management library tells it.
     """
 
     hardware: Hardware
@@ -60,6 +62,7 @@ class Lab:
     seconds: float = 60.0
     done: dict[str, Any] = field(default_factory=dict)
     interrupted: bool = False
+    gpu: str | None = None
 
     def choose(self, own: str | ModelConfig) -> str | Path | ModelConfig:
         """The model that was asked for, else the claim's own."""
@@ -91,6 +94,7 @@ class Lab:
         if "out_of_memory" in document:
             raise UnsupportedError(document["out_of_memory"])
         self.interrupted = self.interrupted or "interrupted" in document
+        self.gpu = document.get("context", {}).get("gpu_state", {}).get("name") or self.gpu
         return document
 
     def once(self, key: str, run: Callable[[], Any]) -> Any:

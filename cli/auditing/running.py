@@ -95,7 +95,7 @@ def audit(
         Unknown names, or values that are not allowed. What a single claim cannot be measured for stands in its row.
     """
     plan = planned(method, model, measure, device, engine, threads, hardware, max_seconds, seed)
-    return {**audited(plan, Progress()), "context": context.context(plan.threads)}
+    return context.completed(audited(plan, Progress()), plan.threads)
 
 
 def planned(
@@ -120,7 +120,7 @@ def planned(
 
 
 def audited(plan: Plan, progress: Progress) -> dict[str, Any]:
-    """The result without its context."""
+    """The result, its context but for the GPU's name left out."""
     bench = _Bench(plan, progress)
     rows: list[dict[str, Any]] = []
     try:
@@ -146,6 +146,8 @@ def audited(plan: Plan, progress: Progress) -> dict[str, Any]:
         "results": rows,
         "notes": list(progress.notes),
     }  # fmt: skip
+    if bench.lab and bench.lab.gpu:
+        document["context"] = {"gpu": bench.lab.gpu}
     return {**document, "interrupted": True} if bench.stopped else document
 
 

@@ -71,6 +71,6 @@ class CupyCudnnEngine(CupyEngine):
         if mask is not None:
             raise UnsupportedError("cuDNN's attention is offered without a mask: take the engine cupy")
         scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
-        out, _ = self._heads_last(q.shape[0], q.shape[1], q.shape[2], v)
+        out = self._heads_last((*q.shape[:3], v.shape[3]), v.dtype)
         self._cudnn(q, k, v, out, scale, causal)
         return out

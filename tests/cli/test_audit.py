@@ -466,7 +466,7 @@ def test_methods_are_chosen(effref: Any, fast: dict[str, Any]) -> None:
         ("--device gpu --engine numba", "runs on the cpu"),
         ("--hardware nowhere", "nowhere"),
         ("--max-seconds 0", "max-seconds"),
-        ("--max-seconds nan", "max_seconds is nan"),
+        ("--max-seconds nan", "nan is no number"),
         ("--output nowhere/audit.json", "there is no folder"),
     ],
 )

@@ -41,6 +41,19 @@ def test_unknown_command(effref) -> None:
     assert "did you mean 'measure'" in error_of(effref("mesure"))
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "calibrate --seconds nan", "measure --fail-above nan", "crossover --max-seconds NaN",
+        "fidelity --max-seconds nan", "sweep grid.toml --max-seconds nan", "memo build maps --held-out nan",
+        "memo profile maps --tau nan",
+    ],
+)  # fmt: skip
+def test_nan_is_no_number(effref, words: str) -> None:
+    """Refused at once, not by what it breaks later: a calibration without passes, a database of no part of a text."""
+    assert "nan is no number" in error_of(effref(*words.split()))
+
+
 def test_version_is_the_package_s() -> None:
     pyproject = Path(__file__).parents[2] / "pyproject.toml"
     assert package.__version__ == tomllib.loads(pyproject.read_text())["project"]["version"]

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from effref import calibration, gpu
+from effref import calibration, context, gpu, machines, profiles
+from effref.auditing.measurements import MEASUREMENTS
 from effref.calibration import METHODS, Cell, _model
 from effref.context import _gpus, available_bytes, gpu_name
 from simulated_gpu import FAR_BYTES_PER_S, L2_BYTES, LAUNCH_S, NEAR_BYTES_PER_S, OVERHEAD_S, SimulatedCupy, SimulatedGpu
 
+from refimpl.config import override, preset
 from refimpl.engines import ENGINES
 from refimpl.engines.numpy_engine import NumpyEngine
 from refimpl.errors import UnsupportedError
@@ -74,6 +78,14 @@ def test_processes_that_hold_the_memory_are_named(on_gpu, cupy, nvml) -> None:
 
     parent = f"process {os.getppid()} ({psutil.Process(os.getppid()).name()}) holds 70.00 GiB"
     assert f"available ({parent}, process {2**22 + 1} holds 3.00 GiB): lower" in said
+
+
+def test_processes_of_a_host_are_not_named_in_a_container(on_gpu, cupy, nvml) -> None:
+    """This process, by the number that it has outside, would be one of the others; so would a name be of another."""
+    cupy.free = 1000
+    nvml.compute = [process(os.getppid(), 70 << 30)]
+    said = error_of(on_gpu("measure", *RUN, "--seq", "64"))
+    assert "(80.00 GiB of 80.00 GiB are held by other programs and the driver): lower" in said
 
 
 class OutOfMemoryError(MemoryError):
@@ -318,13 +330,12 @@ SMALL = (
 )
 
 
-@pytest.mark.parametrize("dtype", ["float16"])
-def test_calibration_finds_the_constants_of_the_device(effref, monkeypatch, cache, dtype) -> None:
+def test_calibration_finds_the_constants_of_the_device(effref, monkeypatch, cache) -> None:
     """Launches from the passes; bandwidths, which launches hide there, from graphs of one op."""
     monkeypatch.setattr(calibration, "CELLS", SMALL)
     monkeypatch.setattr(calibration, "LARGE_CELLS", ())
     monkeypatch.setattr(calibration, "ADDS", (2, 6))
-    words = ["--device", "gpu", "--dtype", dtype]
+    words = ["--device", "gpu", "--dtype", "float16"]
     result = effref("calibrate", *words, "--seconds", "0.1", "--format", "json")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
@@ -338,7 +349,7 @@ def test_calibration_finds_the_constants_of_the_device(effref, monkeypatch, cach
         assert op["overlaps"]
         assert op["overhead_s"] == pytest.approx(OVERHEAD_S, rel=0.02)
     (place,) = (cache / "profiles").iterdir()
-    assert place.name.endswith(f"-cupy-{dtype}.json")
+    assert place.name.endswith("-cupy-float16.json")
     again = effref(
         "measure", *RUN, *words, "--model", "bert-base", "--seq", "9,21", "--method", "dense", "--format", "json"
     )
@@ -347,8 +358,12 @@ def test_calibration_finds_the_constants_of_the_device(effref, monkeypatch, cach
     assert "cupy, " in effref("calibrate", *words, "--seconds", "0.1").stdout
 
 
-def test_bandwidths_that_the_clock_does_not_tell_are_left_to_the_passes(cupy, monkeypatch) -> None:
-    monkeypatch.setattr(cupy.cuda, "get_elapsed_time", lambda start, stop: 0.5)
+def test_bandwidths_that_the_clock_or_graphs_do_not_tell_are_left_to_the_passes(cupy, monkeypatch) -> None:
+    assert set(calibration.bandwidths(SimulatedGpu(), "float32")) == {"near_bytes_per_s", "far_bytes_per_s"}
+    with monkeypatch.context() as patch:
+        patch.setattr(cupy.cuda, "get_elapsed_time", lambda start, stop: 0.5)
+        assert calibration.bandwidths(SimulatedGpu(), "float32") == {}
+    cupy.invalid = True  # CUDA refuses the first capture
     assert calibration.bandwidths(SimulatedGpu(), "float32") == {}
 
 
@@ -360,6 +375,41 @@ def test_calibration_takes_what_fits(cupy) -> None:
     cupy.free = 1 << 30
     with pytest.raises(UnsupportedError, match=r"needs at least .* and 1\.00 GiB are available \(79\.00 GiB of 80\.00"):
         calibration.calibrate("cupy", seconds=0.1)
+    assert "begin" not in cupy.log  # refused before the bandwidths, whose arrays are large
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        *((error, "the memory of the GPU ran out while calibrating: end other programs") for error in SHORTAGES),
+        (CUBLASError("CUBLAS_STATUS_EXECUTION_FAILED"), "the GPU failed (CUBLAS_STATUS_EXECUTION_FAILED)"),
+    ],
+)
+def test_failures_while_calibrating(effref, monkeypatch, cache, error, said) -> None:
+    monkeypatch.setattr(calibration, "CELLS", SMALL)
+    monkeypatch.setattr(calibration, "LARGE_CELLS", ())
+    monkeypatch.setattr(calibration, "bandwidths", lambda gpu, dtype: {})
+    failing_at(monkeypatch, 33, error)
+    for command in (["calibrate", "--device", "gpu"], ["measure", *RUN, "--seq", "8"]):
+        assert said in error_of(effref(*command))
+    assert not (cache / "profiles").exists()
+
+
+def test_the_profile_of_another_gpu_is_not_taken(effref, monkeypatch) -> None:
+    made = []
+
+    def calibrate(*given: Any, **named: Any) -> Any:
+        own = profile(kind="gpu")
+        made.append(replace(own, about={**own.about, "machine": "NVIDIA Simulated" if made else "NVIDIA L4"}))
+        return made[-1]
+
+    monkeypatch.setattr(calibration, "calibrate", calibrate)
+    words = ["measure", *RUN, "--seq", "8", "--method", "dense", "--format", "json"]
+    for count, noted in ((1, False), (2, True), (2, False)):
+        result = effref(*words)
+        assert result.exit_code == 0, result.stderr
+        assert len(made) == count
+        assert ("of NVIDIA L4, not of NVIDIA Simulated: calibrating anew" in result.stderr) == noted
 
 
 # --- TF32 ------------------------------------------------------------------------------------------------------------
@@ -367,8 +417,6 @@ def test_calibration_takes_what_fits(cupy) -> None:
 
 def test_tf32_is_an_engine_of_its_own(on_gpu) -> None:
     """Recorded with the result, under a profile of its own, and never used unasked."""
-    from effref import profiles
-
     asked = timed(on_gpu, "--seq", "8", "--method", "dense", "--tf32")
     assert (asked["config"]["engine"], asked["config"]["tf32"]) == ("cupy-tf32", True)
     assert {one["engine"] for one in asked["results"]} == {"cupy-tf32"}
@@ -523,11 +571,37 @@ def test_the_state_of_the_gpu_is_in_the_context(on_gpu, nvml) -> None:
     assert nvml.sessions == 0  # each one was closed
 
 
-def test_the_gpu_has_a_name_where_the_driver_lists_none(on_gpu, nvml, monkeypatch) -> None:
-    from effref import context
+def test_the_gpu_has_the_name_that_its_library_tells(on_gpu, nvml, monkeypatch) -> None:
+    for listed in (None, "the first on the bus, which need not be CUDA's"):
+        monkeypatch.setattr(context, "gpu_name", lambda listed=listed: listed)
+        assert measured(on_gpu)["context"]["gpu"] == "NVIDIA Simulated"
 
-    monkeypatch.setattr(context, "gpu_name", lambda: None)
-    assert measured(on_gpu)["context"]["gpu"] == "NVIDIA Simulated"
+
+def test_an_audit_says_which_gpu_it_is_from(on_gpu, nvml, monkeypatch) -> None:
+    config = override(preset("bert-base"), layers=2, d_model=16, heads=2, d_ff=16, vocab=20)
+
+    def timed_once(settings: Any, lab: Any) -> list[Any]:
+        lab.timed(config, "reuse", {"group": 2}, 8)
+        return []
+
+    monkeypatch.setitem(MEASUREMENTS, "reuse-speedup", timed_once)
+    words = ["audit", "--method", "reuse", "--device", "gpu", "--hardware", "l4", "--max-seconds", "1"]
+    result = on_gpu(*words, "--format", "json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["context"]["gpu"] == "NVIDIA Simulated"
+    nvml.lacks = ("nvmlInit",)
+    assert json.loads(on_gpu(*words, "--format", "json").stdout)["context"]["gpu"] == gpu_name()
+
+
+def test_rows_of_a_sweep_say_which_gpu_measured_them(on_gpu, nvml, tmp_path) -> None:
+    grid, rows = tmp_path / "grid.toml", tmp_path / "rows.csv"
+    sizes = "layers = [1]\nd_model = [16]\nheads = [2]\nd_ff = [16]"
+    grid.write_text(f"[model]\nname = 'bert-base'\n{sizes}\n[workload]\nseq = [8]\n[method.dense]\n")
+    result = on_gpu("sweep", str(grid), "--device", "gpu", "--mode", "measure", "--output", str(rows))
+    assert result.exit_code == 0, result.stderr
+    with rows.open() as file:
+        (row,) = csv.DictReader(file)
+    assert (row["device"], row["gpu"]) == ("gpu", "NVIDIA Simulated")
 
 
 @pytest.mark.parametrize(
@@ -596,6 +670,18 @@ def test_names_of_nvml_are_those_of_the_package() -> None:
     assert bits == {bit for bit, (_, slows) in gpu.REASONS.items() if slows}
 
 
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100-sxm"), ("NVIDIA H200", "h200-sxm"), ("NVIDIA A100-SXM4-80GB", "a100-sxm-80gb"),
+        ("NVIDIA L4", "l4"), ("NVIDIA L40S", "rtx-4090"), ("NVIDIA GeForce RTX 4090", "rtx-4090"), (None, "h100-sxm"),
+    ],
+)  # fmt: skip
+def test_the_preset_is_that_of_the_nearest_chip(monkeypatch, name, preset) -> None:
+    monkeypatch.setattr(machines, "gpu_name", lambda: name)
+    assert machines.nearest_preset("cupy", 1).name == preset
+
+
 # --- which GPU -------------------------------------------------------------------------------------------------------
 
 
@@ -605,10 +691,6 @@ def test_names_of_nvml_are_those_of_the_package() -> None:
      ("GPU-22", "NVIDIA H100 80GB HBM3"), ("GPU-33", None)],
 )  # fmt: skip
 def test_the_gpu_is_the_visible_one(monkeypatch, tmp_path, visible, name) -> None:
-    import effref as package
-    from effref import context
-
-    assert package
     for place, model, uuid in (("0000:01:00.0", "NVIDIA L4", 11), ("0000:02:00.0", "NVIDIA H100 80GB HBM3", 22)):
         (tmp_path / place).mkdir()
         text = f"Model: \t\t {model}\nIRQ:   \t\t 16\nGPU UUID: \t GPU-{uuid}-aa\nVideo BIOS: \t 96\n"

@@ -1,12 +1,14 @@
-"""What is said when a measurement was disturbed."""
+"""What is said when a measurement was disturbed, and what the machine is called."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import time
+import types
 
-from effref import machines
+import pytest
+from effref import context, machines
 from effref.progress import Progress
 
 
@@ -31,3 +33,16 @@ def test_own_work_is_no_disturbance(monkeypatch) -> None:
         while time.perf_counter() < end:
             pass
     assert progress.notes == []
+
+
+@pytest.mark.parametrize("left", [None, b"", b"\xff\xfe"], ids=["nothing", "an empty file", "no text"])
+def test_the_name_of_the_cpu_is_asked_for_where_none_is_kept(cache, monkeypatch, left) -> None:
+    cpuinfo = types.SimpleNamespace(get_cpu_info=lambda: {"brand_raw": "A Chip"})
+    monkeypatch.setitem(sys.modules, "cpuinfo", cpuinfo)
+    if left is not None:
+        cache.mkdir(parents=True, exist_ok=True)
+        (cache / f"cpu-{context.slug(context.platform.node())}.txt").write_bytes(left)
+    assert context._asked_cpu_name() == "A Chip"
+    cpuinfo.get_cpu_info = lambda: {"brand_raw": "another"}
+    assert context._asked_cpu_name() == "A Chip"  # kept
+    assert len(list(cache.iterdir())) == 1  # and nothing beside it

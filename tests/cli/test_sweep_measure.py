@@ -240,7 +240,7 @@ def test_a_killed_worker_loses_and_doubles_nothing(cluster: Any, space: Path, tm
     rows = rows_of(path.read_text())
     assert sorted(row["point"] for row in rows) == list(range(points))
     assert {row["level"] for row in rows} == {"calibrated"}  # the workers' own profile
-    assert all(row["host"] and row["cpu"] for row in rows)
+    assert all(row["host"] and row["cpu"] and not row["gpu"] for row in rows)
 
 
 def test_a_machine_measures_one_point_at_a_time() -> None:

@@ -196,6 +196,13 @@ def test_tiles_that_a_device_has_no_shared_memory_for_take_another_way(engine, l
     assert set(launched) == {"softmax<T, T>"}
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_devices_without_asynchronous_copies_take_another_way(engine, launched, monkeypatch, dtype):
+    monkeypatch.setattr(engine, "capability", lambda: 75)
+    compare(engine, "attention", *heads(dtype, (1, 2, 2, 20, 30, 32)), causal=True)
+    assert not [kernel for kernel in launched if kernel.startswith("fused")]
+
+
 def test_float_tiles_cover_the_queries():
     for q_len in (1, 64, 65, 300):
         tiles = plans.float_tiles(2, 3, q_len, 100, 80)

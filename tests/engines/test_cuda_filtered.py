@@ -17,6 +17,7 @@ from refimpl.engines.cuda import filtered, shapes
 from refimpl.errors import ShapeError, UnsupportedError
 
 NIBBLES = pytest.mark.parametrize("nibble", ["floor", "round"])
+H100, L4 = 227 << 10, 99 << 10  # shared memory that a block can have: compute capability 9.0 and 8.9
 THRESHOLDS = np.array([0.0, 0.4, 1.5, np.inf])
 
 
@@ -220,7 +221,7 @@ def test_blocks_that_share_the_keys_of_a_row_add_up(engine, dtype, stage2, monke
     given = case(dtype, 2, 4, 2, 3, 190, 16, 20)
     mask = np.ones((2, 1, 1, 190), bool)
     mask[1, :, :, 64:128] = False
-    tiles = filtered.cut(4, 6, 190, filtered.WARPS, True)
+    tiles = filtered.cut_of(4, 6, 190, filtered.WARPS, True)
     assert (tiles.splits, tiles.span) == (3, 64)
     for causal in (False, True):
         split = check(engine, *given, THRESHOLDS, 0.25, causal, mask, "floor", stage2)
@@ -342,8 +343,8 @@ def test_words_and_heads_that_are_not_known_are_refused(engine, monkeypatch):
     given = [engine.asarray(x) for x in (*case("float32", 1, 2, 2, 5, 9, 8), THRESHOLDS[:2])]
     with pytest.raises(ShapeError, match="nearest"):
         engine.filtered_attention(*given, 0.5, nibble="nearest")
-    monkeypatch.setattr(filtered, "SHARED_BYTES", 5000)
-    with pytest.raises(UnsupportedError, match="heads of 8 numbers"):
+    monkeypatch.setattr(engine, "block_shared_bytes", lambda: 5000)
+    with pytest.raises(UnsupportedError, match=r"heads of 8 numbers .* do not fit into 5000 bytes"):
         engine.filtered_attention(*given, 0.5)
     monkeypatch.setattr(engine, "capability", lambda: 75)
     with pytest.raises(UnsupportedError, match=r"capability 8\.0.* has 7\.5"):
@@ -359,7 +360,7 @@ def test_words_and_heads_that_are_not_known_are_refused(engine, monkeypatch):
     ("maps", "rows", "k_len"), [(1, 1, 1), (12, 1, 8192), (96, 512, 512), (3, 65, 257), (1, 16, 64)]
 )
 def test_tiles_cover_all_rows_and_keys_once(maps, rows, k_len, warps, splits_keys):
-    tiles = filtered.cut(maps, rows, k_len, warps, splits_keys)
+    tiles = filtered.cut_of(maps, rows, k_len, warps, splits_keys)
     tall = filtered.TILE * tiles.launch.block[1]
     assert tiles.launch.grid == (maps * tiles.tiles * tiles.splits,)
     assert (tiles.tiles - 1) * tall < rows <= tiles.tiles * tall
@@ -375,12 +376,26 @@ def test_tiles_cover_all_rows_and_keys_once(maps, rows, k_len, warps, splits_key
     [(64, 4, 64, 4, 36_864), (128, 4, 128, 4, 61_440), (128, 8, 128, 4, 104_448), (256, 8, 256, 2, 101_888)],
 )
 def test_shared_memory_of_common_heads(width, itemsize, v_width, warps, used):
-    assert filtered.warps_that_fit(width, itemsize, v_width) == warps
+    assert filtered.warps_that_fit(H100, width, itemsize, v_width) == warps
     assert filtered.shared_bytes(width, warps, itemsize, v_width) == used
 
 
+def test_blocks_are_smaller_on_a_device_with_less_shared_memory(engine, monkeypatch):
+    """Float64 heads of 128 numbers in four warps are too much for an L4."""
+    asked, launch = [], engine._launch
+    monkeypatch.setattr(engine, "_launch", lambda *given: (asked.append(given[3].shared_bytes), launch(*given)))
+    arrays = [engine.asarray(x) for x in (*case(np.float64, 1, 2, 1, 40, 70, 128), THRESHOLDS[:2])]
+    found = []
+    for available, used in ((H100, 104_448), (L4, 33_024)):
+        monkeypatch.setattr(engine, "block_shared_bytes", lambda available=available: available)
+        asked.clear()
+        found.append(engine.to_numpy(engine.filtered_attention(*arrays, 0.1)[0]))
+        assert max(asked) == used <= available
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-12, atol=1e-12)
+
+
 def test_shared_memory_of_heads_in_float16_leaves_room_for_four_blocks():
-    used = filtered.shared_bytes(64, filtered.warps_that_fit(64, 4, 64, True), 4, 64, True)
+    used = filtered.shared_bytes(64, filtered.warps_that_fit(H100, 64, 4, 64, True), 4, 64, True)
     assert used == 48_128
     assert 4 * (used + 1024) <= 228 << 10  # of a multiprocessor, of which each block costs 1 KiB more
 

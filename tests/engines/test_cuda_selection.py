@@ -14,6 +14,7 @@ from cupy_cases import DTYPES, REFERENCE, compare, largest, normal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
+from memo_data import ExactIndex
 
 from refimpl.engines.cuda import selection, shapes, stored
 from refimpl.errors import ShapeError
@@ -245,7 +246,7 @@ def test_points_are_shared_without_empty_blocks(count):
     blocks, span, launch = stored.blocks_of_points(count)
     assert launch.grid == (blocks,)
     assert (blocks - 1) * span < count <= blocks * span
-    assert blocks <= selection.BLOCKS
+    assert blocks <= shapes.BLOCKS
 
 
 # --- copies ---------------------------------------------------------------------------------------------------------
@@ -274,6 +275,16 @@ def test_records_are_copied_whole(engine, small_blocks, size, dtype):
     for rows in ((6,), (-1,)):
         with pytest.raises(ShapeError, match="take_rows"):
             engine.take_rows(device, rows)
+    with pytest.raises(ShapeError, match="row-major"):
+        engine.scatter(device[::2], engine.asarray(new), (0, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_index_on_the_host_is_asked_for_features_of_the_device(engine, dtype):
+    x, index = normal(dtype, 3, 6), ExactIndex(normal(dtype, 7, 6, seed=1))
+    for found, wanted in zip(engine.search_graph(engine.asarray(x), index), index.search(x), strict=True):
+        assert found.dtype == wanted.dtype
+        np.testing.assert_array_equal(engine.to_numpy(found), wanted)
 
 
 @pytest.mark.parametrize("staging", [1, 4 * 18 * 2, 1 << 20])
@@ -286,6 +297,7 @@ def test_fetch_gathers_from_the_host_and_from_the_device_alike(engine, monkeypat
     wanted = records.array[[row for row in rows if row is not None]]
     from_host = engine.to_numpy(engine.fetch(records, rows, "copy"))
     np.testing.assert_array_equal(from_host[hits], wanted)
+    assert engine.fetch(Records(np.zeros((4, 0, 3), np.float32)), (1,), "copy").shape == (1, 0, 3)
     monkeypatch.setattr(engine, "free_bytes", lambda: records.array.nbytes)
     assert not engine.hold_records(records)
     monkeypatch.setattr(engine, "free_bytes", lambda: 2 * records.array.nbytes)

@@ -39,6 +39,12 @@ def test_sources_stand_alone_with_each_include_once():
         assert source.text.count("typedef long long Index;") == 1
 
 
+def test_lines_are_as_short_as_python_s():
+    for file in sorted(launch.FOLDER.glob("*.cu*")):
+        long = [n for n, line in enumerate(file.read_text("utf-8").splitlines(), 1) if len(line) > 120]
+        assert not long, f"{file.name}: lines {long}"
+
+
 CASES = [pytest.param(source, dtype, id=f"{source.file}-{dtype}") for source in SOURCES for dtype in source.dtypes]
 
 

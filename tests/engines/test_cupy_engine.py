@@ -101,7 +101,9 @@ def test_layer_norm_survives_a_large_mean(engine, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "d_in", "d_out"), [((2, 5), 16, 24), ((1, 1), 1, 1), ((0, 3), 4, 6), ((7,), 33, 65)])
+@pytest.mark.parametrize(
+    ("rows", "d_in", "d_out"), [((2, 5), 16, 24), ((1, 1), 1, 1), ((0, 3), 4, 6), ((7,), 33, 65), ((2,), 0, 4)]
+)
 def test_linear_is_accurate(engine, rows, d_in, d_out, dtype):
     x, weight, bias = normal(dtype, *rows, d_in), normal(dtype, d_out, d_in), normal(dtype, d_out)
     compare(engine, "linear", x, weight)

@@ -158,7 +158,7 @@ def test_a_capture_that_cuda_refuses(device) -> None:
     assert "cudaErrorStreamCaptureInvalidated: operation failed in a capture" in refused(device, work)
 
 
-@pytest.mark.parametrize("error", [MemoryError("full"), ZeroDivisionError("a bug")])
+@pytest.mark.parametrize("error", [MemoryError("full"), ZeroDivisionError("a bug"), KeyboardInterrupt()])
 def test_other_errors_of_a_recorded_pass_are_themselves(device, error) -> None:
     def work() -> Any:
         if "begin" in device.xp.log:

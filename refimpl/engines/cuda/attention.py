@@ -69,8 +69,8 @@ class Attention(FusedAttention, LongRows):
 
     def weighted_sum(self, weights: Array, v: Array, causal: bool = False) -> Array:
         batch, heads, q_len, k_len = weights.shape
-        out, stack = self._heads_last(batch, heads, q_len, v)
-        weights, v = grouped(weights, v.shape[1]), v[:, :, None]
+        out = self._heads_last((batch, heads, q_len, v.shape[3]), v.dtype, zeros=True)
+        stack, weights, v = grouped(out, v.shape[1]), grouped(weights, v.shape[1]), v[:, :, None]
         if not causal:
             self._multiply(weights, v, stack)
             return out
@@ -145,9 +145,12 @@ class Attention(FusedAttention, LongRows):
         Within a band, a block of rows meets the keys that any of them sees; those that one row does not see are masked.
         """
         (batch, heads, q_len, _), (groups, k_len) = q.shape, k.shape[1:3]
-        out, stack = self._heads_last(batch, heads, q_len, v)
+        out = self._heads_last((batch, heads, q_len, v.shape[3]), v.dtype, zeros=True)
+        stack = grouped(out, groups)
         mask = None if mask is None else self.xp.broadcast_to(mask, (batch, heads, q_len, k_len))
         q, k, v = grouped(q, groups), self._per_batch(k, batch), self._per_batch(v, batch)
+        if position is not None:
+            position = grouped(position[0], groups), grouped(position[1], groups)
         row_bytes = map_row_bytes(k_len, q.dtype.name, position is not None)
         for b, g, h in head_blocks(batch, groups, heads // groups, q_len, row_bytes):
             size = rows_that_fit((b.stop - b.start) * (h.stop - h.start), q_len, row_bytes)
@@ -156,7 +159,7 @@ class Attention(FusedAttention, LongRows):
                 keys = slice(0, seen) if window is None else band_of(rows, q_len, k_len, window, seen)
                 s = self._wide_products(q[b, g, :, rows], k[b, g, :, keys], scale)  # (b, g, G, rows, keys)
                 if position is not None:
-                    q_position, p = (grouped(x, groups) for x in position)
+                    q_position, p = position
                     self._add_position(s, q_position[b, g, :, rows], p[:, g], scale, rows, keys.start)
                 weights = s if s.dtype == q.dtype else self.xp.empty(s.shape, q.dtype)
                 part = None if mask is None else mask[b, h, rows, keys]
@@ -185,14 +188,6 @@ class Attention(FusedAttention, LongRows):
         s = self.xp.empty((*q.shape[:-1], k.shape[-2]), WIDE[dtype_of(q)])
         self._multiply(q, k, s, transposed=True, alpha=scale)
         return s
-
-    def _heads_last(self, batch: int, heads: int, rows: int, v: Array) -> tuple[Array, Array]:
-        """Zeros (B, H, T, D) that lie in memory as (B, T, H, D), so that `merge_heads` need not copy; and the same
-        memory as a stack (B, Hkv, G, T, D)."""
-        groups, width = v.shape[1], v.shape[3]
-        out = self.xp.zeros((batch, rows, heads, width), v.dtype)
-        stack = out.reshape(batch, rows, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
-        return out.transpose(0, 2, 1, 3), stack
 
     def _per_batch(self, x: Array, batch: int) -> Array:
         """Keys or values (B or 1, Hkv, T, D) as (B, Hkv, 1, T, D), without a copy."""

@@ -28,13 +28,13 @@ __global__ void kernel_depthwise(
         const bool inside = time >= 0 && time < int(length);
         if (inside) pack = load<V>(x + (start + time) * stride + tile.column);
 #pragma unroll
-        for (int j = 0; j < V; ++j) into[j] = inside ? A(pack.v[j]) : A(0);
+        for (int j = 0; j < V; ++j) into[j] = inside ? A(pack.at[j]) : A(0);
     };
 #pragma unroll
     for (int r = 0; r < RUN; ++r) {
         if (r < RUN - 1) read(r, window[r]);
 #pragma unroll
-        for (int j = 0; j < V; ++j) sums[r][j] = A(origin.v[j]);
+        for (int j = 0; j < V; ++j) sums[r][j] = A(origin.at[j]);
     }
     for (int begin = 0; begin < int(kernel); begin += RUN) {
 #pragma unroll
@@ -45,7 +45,7 @@ __global__ void kernel_depthwise(
 #pragma unroll
             for (int r = 0; r < RUN; ++r) {
 #pragma unroll
-                for (int j = 0; j < V; ++j) sums[r][j] += window[(u + r) % RUN][j] * A(w.v[j]);
+                for (int j = 0; j < V; ++j) sums[r][j] += window[(u + r) % RUN][j] * A(w.at[j]);
             }
         }
     }
@@ -54,7 +54,7 @@ __global__ void kernel_depthwise(
         if (first + r >= int(length)) return;
         Pack<T, V> pack;
 #pragma unroll
-        for (int j = 0; j < V; ++j) pack.v[j] = T(sums[r][j]);
+        for (int j = 0; j < V; ++j) pack.at[j] = T(sums[r][j]);
         store(out + (start + first + r) * width + tile.column, pack);
     }
 }
@@ -77,7 +77,7 @@ __global__ void kernel_windows(
             pack = load<V>(x + (tile.at(i) / int(steps) * length + time) * stride + channel);
         } else {
 #pragma unroll
-            for (int j = 0; j < V; ++j) pack.v[j] = T(0.0f);
+            for (int j = 0; j < V; ++j) pack.at[j] = T(0.0f);
         }
         store(out + tile.at(i) * wide + tile.column, pack);
     }

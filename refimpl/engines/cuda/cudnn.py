@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from refimpl.engines.cuda.device import one_line
+from refimpl.engines.cuda.failures import one_line
 from refimpl.engines.cuda.shapes import Strides, element_strides
 from refimpl.engines.protocol import Array
 from refimpl.errors import MissingDependencyError, UnsupportedError

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from refimpl.engines.cuda.failures import one_line
 from refimpl.engines.cuda.graphs import Replay, Uploads, cannot
 from refimpl.engines.numpy_engine import NumpyEngine
 from refimpl.engines.protocol import Array
@@ -141,8 +142,3 @@ def require_cupy() -> Any:
             f"the GPU cannot be used: {one_line(error)}; 'nvidia-smi' shows whether it works and who else uses it"
         ) from error
     return cupy
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, without line breaks."""
-    return " ".join(str(error).split())

@@ -14,7 +14,7 @@ __global__ void kernel_activation(const T* x, T* out, Index rows, Index width, I
     const Tile<T, V> tile(rows, width);
     Pack<T, V> held[ROWS];
     tile.read(held, x, stride);
-    tile.write(out, width, [&](int i, int j) { return F::template of<T>(A(held[i].v[j])); });
+    tile.write(out, width, [&](int i, int j) { return F::template of<T>(A(held[i].at[j])); });
 }
 
 // Gated products: a / (1 + exp(-b)) (glu), and silu(b) * a (swiglu) where `swish`.
@@ -30,7 +30,7 @@ __global__ void kernel_gate(
     tile.read(values, a, a_stride);
     tile.read(gates, b, b_stride);
     tile.write(out, width, [&](int i, int j) {
-        const A value = A(values[i].v[j]), gate = A(gates[i].v[j]);
+        const A value = A(values[i].at[j]), gate = A(gates[i].at[j]);
         return swish ? gated<T>(gate, gate) * value : gated<T>(value, gate);
     });
 }
@@ -51,7 +51,7 @@ __global__ void kernel_add(
         if (tile.at(i) < tile.rows) other[i] = load<V>(y + tile.at(i) % int(period) * width + tile.column);
     }
     const A factor = A(scale);
-    tile.write(out, width, [&](int i, int j) { return fma(factor, A(other[i].v[j]), A(held[i].v[j])); });
+    tile.write(out, width, [&](int i, int j) { return fma(factor, A(other[i].at[j]), A(held[i].at[j])); });
 }
 
 // Rows of a table by number; NaN where there is no such row.
@@ -71,10 +71,10 @@ __global__ void kernel_gather(
             held[i] = load<V>(table + id * stride + tile.column);
         } else {
 #pragma unroll
-            for (int j = 0; j < V; ++j) held[i].v[j] = T(__int_as_float(0x7fc00000));
+            for (int j = 0; j < V; ++j) held[i].at[j] = T(__int_as_float(0x7fc00000));
         }
     }
-    tile.write(out, width, [&](int i, int j) { return held[i].v[j]; });
+    tile.write(out, width, [&](int i, int j) { return held[i].at[j]; });
 }
 
 // The same row everywhere: row (width,) -> out (rows, width). What a product with a bias is added to.
@@ -82,7 +82,7 @@ template <typename T, int V> __global__ void kernel_repeat(const T* row, T* out,
     const Tile<T, V> tile(rows, width);
     if (tile.at(0) >= tile.rows) return;
     const Pack<T, V> held = load<V>(row + tile.column);
-    tile.write(out, width, [&](int, int j) { return held.v[j]; });
+    tile.write(out, width, [&](int, int j) { return held.at[j]; });
 }
 
 // (x - mean) / sqrt(variance + eps) * weight + bias with stored statistics.
@@ -102,9 +102,9 @@ __global__ void kernel_batch_norm(
     const Pack<T, V> gain = load<V>(weight + tile.column), shift = load<V>(bias + tile.column);
     A factor[V];
 #pragma unroll
-    for (int j = 0; j < V; ++j) factor[j] = A(gain.v[j]) / sqrt(A(spread.v[j]) + A(eps));
+    for (int j = 0; j < V; ++j) factor[j] = A(gain.at[j]) / sqrt(A(spread.at[j]) + A(eps));
     tile.write(out, width, [&](int i, int j) {
-        return fma(A(held[i].v[j]) - A(centre.v[j]), factor[j], A(shift.v[j]));
+        return fma(A(held[i].at[j]) - A(centre.at[j]), factor[j], A(shift.at[j]));
     });
 }
 
@@ -113,16 +113,16 @@ template <typename T, int V> __device__ void unravel(Pack<T, V>& first, Pack<T, 
     const Pack<T, V> one = first, other = second;
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-        first.v[j] = 2 * j < V ? one.v[2 * j % V] : other.v[2 * j % V];
-        second.v[j] = 2 * j + 1 < V ? one.v[(2 * j + 1) % V] : other.v[(2 * j + 1) % V];
+        first.at[j] = 2 * j < V ? one.at[2 * j % V] : other.at[2 * j % V];
+        second.at[j] = 2 * j + 1 < V ? one.at[(2 * j + 1) % V] : other.at[(2 * j + 1) % V];
     }
 }
 template <typename T, int V> __device__ void ravel(Pack<T, V>& first, Pack<T, V>& second) {
     const Pack<T, V> a = first, b = second;
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-        first.v[j] = j % 2 ? b.v[j / 2] : a.v[j / 2];
-        second.v[j] = (V + j) % 2 ? b.v[(V + j) / 2] : a.v[(V + j) / 2];
+        first.at[j] = j % 2 ? b.at[j / 2] : a.at[j / 2];
+        second.at[j] = (V + j) % 2 ? b.at[(V + j) / 2] : a.at[(V + j) / 2];
     }
 }
 
@@ -146,9 +146,9 @@ __global__ void kernel_rotary(
     if (interleaved) unravel(first, second);  // the first of each pair, and the second
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-        const A a = A(first.v[j]), b = A(second.v[j]);
-        first.v[j] = T(a * A(c.v[j]) - b * A(s.v[j]));
-        second.v[j] = T(a * A(s.v[j]) + b * A(c.v[j]));
+        const A a = A(first.at[j]), b = A(second.at[j]);
+        first.at[j] = T(a * A(c.at[j]) - b * A(s.at[j]));
+        second.at[j] = T(a * A(s.at[j]) + b * A(c.at[j]));
     }
     if (interleaved) ravel(first, second);
     store(to + one, first);

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from importlib import import_module
 
 import numpy as np
 
@@ -107,6 +106,3 @@ class Elementwise(RowKernels):
         arrays = (table, stride), (ids, 0), (out, width)
         self._launch_tiles(ELEMENTWISE, "gather<T, V>", ids.size, width, arrays, stride, count)
         return out
-
-    def erf(self, x: Array) -> Array:
-        return import_module("cupyx.scipy.special").erf(x)

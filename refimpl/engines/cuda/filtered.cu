@@ -14,8 +14,8 @@
 // share a key head, so that decoding with grouped queries fills them. Of 32 keys at a time
 //     multiply   estimates (16, 32) and products (16, 32), in the registers of the tensor cores
 //     weigh      kept keys as one bit each of a word per row, scores, running maximum and sum as in flash attention
-//     add        per row its kept keys alone: p from shared memory, v from the first-level cache, 32 lanes side by side;
-//                in float16 the tensor cores add all of them sooner: filtered_half.cu
+//     add        per row its kept keys alone: p from shared memory, v from the first-level cache, 32 lanes side by
+//                side; in float16 the tensor cores add all of them sooner: filtered_half.cu
 // With few queries, keys are split between blocks (`splits`), whose sums `merge` adds up.
 //
 // bytes:    codes of keys once per block of rows (first-level misses: second-level cache), values of kept keys alone
@@ -36,7 +36,7 @@ __global__ void kernel_maxima(
     Index m_head, Index m_row, Index m_key
 ) {
     DYNAMIC_SHARED(signed char, shared);
-    int stride = (int(width) + 31) / 32 * 32 + PAD, thread = threadIdx.y * 32 + threadIdx.x;
+    int stride = (int(width) + 31) / 32 * 32 + PAD;
     Index per_group = heads / groups, rows = per_group * q_len;
     Part part = part_of(groups, rows, q_len, k_len, tiles, splits, span, causal);
     Rows<const signed char> queries = {q + part.b * q_batch + part.group * per_group * q_head, q_head, q_row, q_len};
@@ -53,24 +53,18 @@ __global__ void kernel_maxima(
         view[half].mask = masked ? mask + part.b * m_batch + head * m_head + i * m_row : nullptr;
     }
     k += part.b * k_batch + part.group * k_head;
-    for (int tile = part.from; tile < part.stop; tile += KEYS) {
-        __syncthreads();
-        load_codes(keys, KEYS, width, stride, packed, thread, 32 * blockDim.y, [&](int r) {
-            return tile + r < k_len ? k + Index(tile + r) * k_row : nullptr;
-        });
-        __syncthreads();
-        for (int chunk = 0; chunk < KEYS; chunk += CHUNK) {
-            multiply<NEAREST, false>(own, keys + chunk * stride, stride, estimates, none);
+    auto row = [&](int key) { return key < k_len ? k + Index(key) * k_row : nullptr; };
+    walk(part.from, part.stop, keys, width, stride, packed, row, [](int) {}, [&](int tile, int chunk) {
+        multiply<NEAREST, false>(own, keys + chunk * stride, stride, estimates, none);
 #pragma unroll
-            for (int n = 0; n < 4; ++n) {
+        for (int n = 0; n < 4; ++n) {
 #pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    int key = tile + chunk + 8 * n + 2 * (threadIdx.x % 4) + e % 2;
-                    if (view[e / 2].of(key, m_key)) best[e / 2] = max(best[e / 2], estimates[n][e]);
-                }
+            for (int e = 0; e < 4; ++e) {
+                int key = tile + chunk + 8 * n + 2 * (threadIdx.x % 4) + e % 2;
+                if (view[e / 2].of(key, m_key)) best[e / 2] = max(best[e / 2], estimates[n][e]);
             }
         }
-    }
+    });
     for (int half = 0; half < 2; ++half) {
         int found = quad_largest(best[half]);
         Index n = first + threadIdx.x / 4 + 8 * half;
@@ -123,22 +117,22 @@ __device__ void add_values(const Weigher<T, A>& warp, A* sums, const T* v, Index
 }
 
 // Softmax over the kept keys of each row, times their values; and how many were kept.
-// q, k, codes, mask as in maxima, v (B, groups, k_len, v_width) by strides, most from maxima, steps and margins (B, heads)
-// -> out (B, heads, q_len, v_width) by strides and counts (B, heads), added to. Where keys are split: parts
+// q, k, codes, mask as in maxima, v (B, groups, k_len, v_width) by strides, most from maxima, steps and margins
+// (B, heads) -> out (B, heads, q_len, v_width) by strides and counts (B, heads), added to. Where keys are split: parts
 // (splits, B heads q_len, v_width) and stats (splits, B heads q_len, 2), the maximum and the sum, instead of out.
 // Op filtered_attention of the reference. Blocks of (32, warps).
 template <typename T, typename A, int W, bool NEAREST>
 __global__ void __launch_bounds__(128, RESIDENT<A>) kernel_filtered(
-    const T* q, const T* k, const signed char* q_codes, const signed char* k_codes, const int* most, const double* steps,
-    const int* margins, const unsigned char* mask, const T* v, T* out, A* parts, A* stats, unsigned long long* counts,
-    Index maps, Index heads, Index groups, Index q_len, Index k_len, Index width, Index tiles, Index splits, Index span,
-    Index causal, Index exact, Index masked, Index packed, double scale, Index q_batch, Index q_head, Index q_row,
-    Index k_batch, Index k_head, Index k_row, Index c_batch, Index c_head, Index c_row, Index kc_batch, Index kc_head,
-    Index kc_row, Index m_batch, Index m_head, Index m_row, Index m_key, Index v_width, Index v_batch, Index v_head,
-    Index v_row, Index o_batch, Index o_head, Index o_row
+    const T* q, const T* k, const signed char* q_codes, const signed char* k_codes, const int* most,
+    const double* steps, const int* margins, const unsigned char* mask, const T* v, T* out, A* parts, A* stats,
+    unsigned long long* counts, Index maps, Index heads, Index groups, Index q_len, Index k_len, Index width,
+    Index tiles, Index splits, Index span, Index causal, Index exact, Index masked, Index packed, double scale,
+    Index q_batch, Index q_head, Index q_row, Index k_batch, Index k_head, Index k_row, Index c_batch, Index c_head,
+    Index c_row, Index kc_batch, Index kc_head, Index kc_row, Index m_batch, Index m_head, Index m_row, Index m_key,
+    Index v_width, Index v_batch, Index v_head, Index v_row, Index o_batch, Index o_head, Index o_row
 ) {
     DYNAMIC_SHARED(signed char, shared);
-    int stride = (int(width) + 31) / 32 * 32 + PAD, thread = threadIdx.y * 32 + threadIdx.x;
+    int stride = (int(width) + 31) / 32 * 32 + PAD;
     signed char *own = shared + threadIdx.y * TILE * stride, *keys = shared + blockDim.y * TILE * stride;
     A* weights = reinterpret_cast<A*>(keys + KEYS * stride) + threadIdx.y * TILE * ROOM;
     A* sums = reinterpret_cast<A*>(keys + KEYS * stride) + blockDim.y * TILE * ROOM + threadIdx.y * TILE * v_width;
@@ -154,26 +148,19 @@ __global__ void __launch_bounds__(128, RESIDENT<A>) kernel_filtered(
     v += part.b * v_batch + part.group * v_head;
     A s[4][4];
     int g = threadIdx.x / 4, t = threadIdx.x % 4;
-    for (int tile = part.from; tile < part.stop; tile += KEYS) {
-        __syncthreads();
-        load_codes(keys, KEYS, width, stride, packed, thread, 32 * blockDim.y, [&](int r) {
-            return tile + r < k_len ? k_codes + Index(tile + r) * kc_row : nullptr;
-        });
-        __syncthreads();
-#pragma unroll 1
-        for (int chunk = 0; chunk < KEYS; chunk += CHUNK) {
-            if (!warp.template keep<NEAREST>(keys + chunk * stride, tile + chunk, s)) continue;
-            warp.soften(s);
+    auto row = [&](int key) { return key < k_len ? k_codes + Index(key) * kc_row : nullptr; };
+    walk(part.from, part.stop, keys, width, stride, packed, row, [](int) {}, [&](int tile, int chunk) {
+        if (!warp.template keep<NEAREST>(keys + chunk * stride, tile + chunk, s)) return;
+        warp.soften(s);
 #pragma unroll
-            for (int n = 0; n < 4; ++n) {
+        for (int n = 0; n < 4; ++n) {
 #pragma unroll
-                for (int e = 0; e < 4; ++e) weights[(g + 8 * (e / 2)) * ROOM + 8 * n + 2 * t + e % 2] = s[n][e];
-            }
-            __syncwarp();
-            add_values<T, A, W>(warp, sums, v + Index(tile + chunk) * v_row, v_row, v_width);
-            __syncwarp();
+            for (int e = 0; e < 4; ++e) weights[(g + 8 * (e / 2)) * ROOM + 8 * n + 2 * t + e % 2] = s[n][e];
         }
-    }
+        __syncwarp();
+        add_values<T, A, W>(warp, sums, v + Index(tile + chunk) * v_row, v_row, v_width);
+        __syncwarp();
+    });
     finish<T, A>(
         warp, part, sums, v_width, out, parts, stats, counts, maps, heads, per_group, q_len, splits, v_width, o_batch,
         o_head, o_row
@@ -181,8 +168,8 @@ __global__ void __launch_bounds__(128, RESIDENT<A>) kernel_filtered(
 }
 
 // Add up what blocks that shared the keys of a row have found.
-// parts (splits, B heads q_len, v_width), stats (splits, B heads q_len, 2) -> out (B, heads, q_len, v_width) by strides.
-// Last step of op filtered_attention of the reference. One block per row.
+// parts (splits, B heads q_len, v_width), stats (splits, B heads q_len, 2) -> out (B, heads, q_len, v_width) by
+// strides. Last step of op filtered_attention of the reference. One block per row.
 template <typename T, typename A>
 __global__ void kernel_merge(
     const A* parts, const A* stats, const double* steps, T* out, Index maps, Index heads, Index q_len, Index splits,
@@ -209,20 +196,21 @@ __global__ void kernel_merge(
 
 // --- the map --------------------------------------------------------------------------------------------------------
 
-// The weights of kept keys, zeros elsewhere, for methods that hand a map on; and how many were kept. Keys are met twice:
-// first for the maximum and the sum of each row.
-// As filtered, -> weights (B, heads, q_len, k_len), contiguous. Op filtered_map of the reference. Blocks of (32, warps).
+// The weights of kept keys, zeros elsewhere, for methods that hand a map on; and how many were kept. Keys are met
+// twice: first for the maximum and the sum of each row.
+// As filtered, -> weights (B, heads, q_len, k_len), contiguous. Op filtered_map of the reference.
+// Blocks of (32, warps).
 template <typename T, typename A, bool NEAREST>
 __global__ void __launch_bounds__(128, 2) kernel_filtered_map(
-    const T* q, const T* k, const signed char* q_codes, const signed char* k_codes, const int* most, const double* steps,
-    const int* margins, const unsigned char* mask, T* out, unsigned long long* counts, Index heads, Index groups,
-    Index q_len, Index k_len, Index width, Index tiles, Index causal, Index exact, Index masked, Index packed,
-    double scale, Index q_batch, Index q_head, Index q_row, Index k_batch, Index k_head, Index k_row, Index c_batch,
-    Index c_head, Index c_row, Index kc_batch, Index kc_head, Index kc_row, Index m_batch, Index m_head, Index m_row,
-    Index m_key
+    const T* q, const T* k, const signed char* q_codes, const signed char* k_codes, const int* most,
+    const double* steps, const int* margins, const unsigned char* mask, T* out, unsigned long long* counts, Index heads,
+    Index groups, Index q_len, Index k_len, Index width, Index tiles, Index causal, Index exact, Index masked,
+    Index packed, double scale, Index q_batch, Index q_head, Index q_row, Index k_batch, Index k_head, Index k_row,
+    Index c_batch, Index c_head, Index c_row, Index kc_batch, Index kc_head, Index kc_row, Index m_batch, Index m_head,
+    Index m_row, Index m_key
 ) {
     DYNAMIC_SHARED(signed char, shared);
-    int stride = (int(width) + 31) / 32 * 32 + PAD, thread = threadIdx.y * 32 + threadIdx.x;
+    int stride = (int(width) + 31) / 32 * 32 + PAD;
     signed char *own = shared + threadIdx.y * TILE * stride, *keys = shared + blockDim.y * TILE * stride;
     A* weights = reinterpret_cast<A*>(keys + KEYS * stride) + threadIdx.y * TILE * ROOM;
     Index per_group = heads / groups;
@@ -240,42 +228,25 @@ __global__ void __launch_bounds__(128, 2) kernel_filtered_map(
         Index n = warp.first + g + 8 * half;
         to[half] = out + ((part.b * heads + part.group * per_group) * q_len + n) * k_len;
     }
-    for (int pass = 0; pass < 2; ++pass) {
-        for (int tile = 0; tile < (pass ? int(k_len) : part.stop); tile += KEYS) {
-            __syncthreads();
-            load_codes(keys, KEYS, width, stride, packed, thread, 32 * blockDim.y, [&](int r) {
-                return tile + r < part.stop ? k_codes + Index(tile + r) * kc_row : nullptr;
-            });
-            __syncthreads();
-#pragma unroll 1
-            for (int chunk = 0; chunk < KEYS; chunk += CHUNK) {
-                bool some = warp.template keep<NEAREST>(keys + chunk * stride, tile + chunk, s);
-                if (!pass) {
-                    if (some) warp.soften(s);
-                    continue;
-                }
+    auto row = [&](int key) { return key < part.stop ? k_codes + Index(key) * kc_row : nullptr; };
+    walk(0, part.stop, keys, width, stride, packed, row, [](int) {}, [&](int tile, int chunk) {
+        if (warp.template keep<NEAREST>(keys + chunk * stride, tile + chunk, s)) warp.soften(s);
+    });
+    warp.end();
+    warp.add_counts(counts, part.b * heads + part.group * per_group, q_len);
+    for (int half = 0; half < 2; ++half) factor[half] = reciprocal(warp.sum[half]);
+    walk(0, k_len, keys, width, stride, packed, row, [](int) {}, [&](int tile, int chunk) {
+        warp.template keep<NEAREST>(keys + chunk * stride, tile + chunk, s);
 #pragma unroll
-                for (int n = 0; n < 4; ++n) {
+        for (int n = 0; n < 4; ++n) {
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) {
-                        int half = e / 2, place = 8 * n + 2 * t + e % 2;
-                        int key = tile + chunk + place;
-                        bool keeps = warp.kept[half] >> place & 1;
-                        A shift = warp.maximum[half] == minus_infinity<A>() ? A(0) : warp.maximum[half];
-                        A weight = keeps ? exp2((s[n][e] - shift) * warp.unit[half]) * factor[half] : A(0);
-                        if (key < k_len && warp.first + g + 8 * half < warp.rows) to[half][key] = T(weight);
-                    }
-                }
+            for (int e = 0; e < 4; ++e) {
+                int half = e / 2, place = 8 * n + 2 * t + e % 2, key = tile + chunk + place;
+                bool keeps = warp.kept[half] >> place & 1;
+                A distance = s[n][e] - subtracted(warp.maximum[half]);
+                A weight = keeps ? exp2(distance * warp.unit[half]) * factor[half] : A(0);
+                if (key < k_len && warp.first + g + 8 * half < warp.rows) to[half][key] = T(weight);
             }
         }
-        if (pass) break;
-        warp.end();
-        for (int half = 0; half < 2; ++half) {
-            factor[half] = warp.sum[half] == 0 ? A(0) : 1 / warp.sum[half];
-            Index head = part.group * per_group + (warp.first + g + 8 * half) / q_len;
-            if (t == 0 && warp.count[half]) {
-                atomicAdd(counts + part.b * heads + head, (unsigned long long) warp.count[half]);
-            }
-        }
-    }
+    });
 }

@@ -1,7 +1,7 @@
 // What the kernels of filtered attention share: tiles, estimates and products of codes, and which keys are kept.
 #pragma once
+#include "online_softmax.cuh"
 #include "packs.cuh"
-#include "prelude.cuh"
 #include "reduce.cuh"
 #include "tensor_cores.cuh"
 
@@ -56,7 +56,9 @@ struct View {
 
 // Copy rows of codes to shared memory, zeros behind them; `packed` if 16 at a time. A null row is all zeros.
 template <typename F>
-__device__ void load_codes(signed char* to, int rows, int width, int stride, Index packed, int thread, int threads, F row) {
+__device__ void load_codes(
+    signed char* to, int rows, int width, int stride, Index packed, int thread, int threads, F row
+) {
     int per_row = (stride - PAD) / 16;
     for (int i = thread; i < rows * per_row; i += threads) {
         int r = i / per_row, c = i % per_row * 16;
@@ -68,6 +70,22 @@ __device__ void load_codes(signed char* to, int rows, int width, int stride, Ind
             for (int n = 0; n < 16; ++n) pack.at[n] = from && c + n < width ? from[c + n] : 0;
         }
         store<16>(to + r * stride + c, pack);
+    }
+}
+
+// Walk along the keys from .. stop - 1: the codes of KEYS of them at a time in shared memory, those of key `n` copied
+// from row(n), beside what fetch(tile) puts there; then meet(tile, chunk) for each CHUNK of the tile.
+template <typename R, typename G, typename F> __device__ void walk(
+    int from, int stop, signed char* keys, int width, int stride, Index packed, R row, G fetch, F meet
+) {
+    int thread = threadIdx.y * 32 + threadIdx.x, threads = 32 * blockDim.y;
+    for (int tile = from; tile < stop; tile += KEYS) {
+        __syncthreads();  // nobody reads the tile before any more
+        load_codes(keys, KEYS, width, stride, packed, thread, threads, [&](int r) { return row(tile + r); });
+        fetch(tile);
+        __syncthreads();
+#pragma unroll 1
+        for (int chunk = 0; chunk < KEYS; chunk += CHUNK) meet(tile, chunk);
     }
 }
 
@@ -83,7 +101,8 @@ template <bool NEAREST> __device__ unsigned upper(unsigned codes) {
 
 __device__ unsigned word(const signed char* codes) { return *reinterpret_cast<const unsigned*>(codes); }
 
-// 16 rows times 32 keys: element e of fragment n is row g + 8 (e / 2), key 8 n + 2 t + e % 2, g = lane / 4, t = lane % 4.
+// 16 rows times 32 keys: element e of fragment n is row g + 8 (e / 2), key 8 n + 2 t + e % 2,
+// g = lane / 4, t = lane % 4.
 template <bool NEAREST, bool WHOLE> __device__ void multiply(
     const signed char* queries, const signed char* keys, int stride, int (&estimates)[4][4], int (&products)[4][4]
 ) {
@@ -108,11 +127,6 @@ template <bool NEAREST, bool WHOLE> __device__ void multiply(
     }
 }
 
-template <typename N> __device__ N quad_largest(N value) {
-    value = larger(value, __shfl_xor_sync(WARP, value, 1));
-    return larger(value, __shfl_xor_sync(WARP, value, 2));
-}
-
 // --- kept keys ------------------------------------------------------------------------------------------------------
 
 // A warp that weighs keys: its rows, and of the two that a lane looks after what they see, keep and have added up.
@@ -129,7 +143,8 @@ template <typename T, typename A> struct Weigher {
     A unit[2], maximum[2], sum[2], alpha[2];
     unsigned kept[2];  // bits of the 32 keys
 
-    // Keep keys from `key` on, whose codes begin at `of_keys`, and find their scores: s (16, 32). False if none is kept.
+    // Keep keys from `key` on, whose codes begin at `of_keys`, and find their scores: s (16, 32).
+    // False if none is kept.
     template <bool NEAREST> __device__ bool keep(const signed char* of_keys, int key, A (&s)[4][4]) {
         int estimates[4][4], products[4][4], t = threadIdx.x % 4;
         multiply<NEAREST, true>(codes, of_keys, stride, estimates, products);
@@ -146,16 +161,16 @@ template <typename T, typename A> struct Weigher {
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            kept[half] |= __shfl_xor_sync(WARP, kept[half], 1);
-            kept[half] |= __shfl_xor_sync(WARP, kept[half], 2);
+            kept[half] |= __shfl_xor_sync(ALL_LANES, kept[half], 1);
+            kept[half] |= __shfl_xor_sync(ALL_LANES, kept[half], 2);
         }
-        if (!__any_sync(WARP, kept[0] | kept[1])) return false;
+        if (!__any_sync(ALL_LANES, kept[0] | kept[1])) return false;
         if (exact) multiply_rows(key, s);
         return true;
     }
 
     // A number of row g of a half, which four lanes have, in all lanes.
-    template <typename N> __device__ static N of_row(N value, int g) { return __shfl_sync(WARP, value, 4 * g); }
+    template <typename N> __device__ static N of_row(N value, int g) { return __shfl_sync(ALL_LANES, value, 4 * g); }
 
     __device__ void multiply_rows(int key, A (&s)[4][4]) {
 #pragma unroll 1
@@ -201,7 +216,7 @@ template <typename T, typename A> struct Weigher {
             most = quad_largest(most);
             bool none = maximum[half] == minus_infinity<A>();
             alpha[half] = none ? A(0) : exp2((maximum[half] - most) * unit[half]);
-            shift[half] = most == minus_infinity<A>() ? A(0) : most;
+            shift[half] = subtracted(most);
             maximum[half] = most, sum[half] *= alpha[half];
             if (t == 0) count[half] += __popc(kept[half]);
         }
@@ -216,17 +231,25 @@ template <typename T, typename A> struct Weigher {
         }
     }
 
+    // Add how many keys the rows have kept to those of their heads, of which the first is `head`.
+    __device__ void add_counts(unsigned long long* counts, Index head, Index q_len) const {
+        for (int half = 0; half < 2; ++half) {
+            Index n = first + threadIdx.x / 4 + 8 * half;
+            if (threadIdx.x % 4 == 0 && count[half]) {
+                atomicAdd(counts + head + n / q_len, (unsigned long long) count[half]);
+            }
+        }
+    }
+
     // The sums of rows g and g + 8 over all lanes that have a part of them.
     __device__ void end() {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            sum[half] += __shfl_xor_sync(WARP, sum[half], 1);
-            sum[half] += __shfl_xor_sync(WARP, sum[half], 2);
-        }
+        for (int half = 0; half < 2; ++half) sum[half] = quad_sum(sum[half]);
     }
 };
 
-// A warp before its first key: codes of its rows in shared memory, what they see, and the least estimates that they keep.
+// A warp before its first key: codes of its rows in shared memory, what they see, and the least estimates
+// that they keep.
 template <typename T, typename A> __device__ Weigher<T, A> weigher(
     const Part& part, const T* q, const T* k, const signed char* q_codes, const int* most, const double* steps,
     const int* margins, const unsigned char* mask, signed char* own, A* weights, Index heads, Index per_group,
@@ -262,8 +285,8 @@ template <typename T, typename A> __device__ Weigher<T, A> weigher(
 
 // --- the end --------------------------------------------------------------------------------------------------------
 
-// Write a warp's rows, whose sums (TILE, stride) it has in shared memory: divided by those of the weights, or where keys
-// are split as they are, with maximum and sum; and add how many keys were kept.
+// Write a warp's rows, whose sums (TILE, stride) it has in shared memory: divided by those of the weights, or where
+// keys are split as they are, with maximum and sum; and add how many keys were kept.
 template <typename T, typename A> __device__ void finish(
     Weigher<T, A>& warp, const Part& part, const A* sums, int stride, T* out, A* parts, A* stats,
     unsigned long long* counts, Index maps, Index heads, Index per_group, Index q_len, Index splits, Index v_width,
@@ -271,12 +294,7 @@ template <typename T, typename A> __device__ void finish(
 ) {
     __syncwarp();
     warp.end();
-    for (int half = 0; half < 2; ++half) {
-        Index n = warp.first + threadIdx.x / 4 + 8 * half, head = part.group * per_group + n / q_len;
-        if (threadIdx.x % 4 == 0 && warp.count[half]) {
-            atomicAdd(counts + part.b * heads + head, (unsigned long long) warp.count[half]);
-        }
-    }
+    warp.add_counts(counts, part.b * heads + part.group * per_group, q_len);
     Rows<T> to = {out + part.b * o_batch + part.group * per_group * o_head, o_head, o_row, q_len};
     Index before = (blockIdx.x % splits * maps + part.b * heads + part.group * per_group) * q_len;  // rows of parts
 #pragma unroll 1

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from refimpl.engines.cuda import shapes
-from refimpl.engines.cuda.launch import Launcher, Source, dtype_of
+from refimpl.engines.cuda.launch import Launcher, Source, dtype_of, flag
 from refimpl.engines.cuda.rows import pack_of
-from refimpl.engines.cuda.selection import BLOCKS
-from refimpl.engines.cuda.shapes import WIDE, Launch, batch_strides, block_per_row, element_strides
+from refimpl.engines.cuda.shapes import BLOCKS, WIDE, Launch, block_per_row, element_strides, head_strides
 from refimpl.engines.protocol import Array
 from refimpl.errors import ShapeError, UnsupportedError
 
@@ -25,22 +23,23 @@ FILTERED = Source(
     capability=80,
     apart=True,
 )  # fmt: skip
-HALF = Source("filtered_half.cu", ("filtered_half<true>", "filtered_half<false>"), ("float16",), 80, apart=True)
+HALF = Source(
+    "filtered_half.cu", ("filtered_half<true>", "filtered_half<false>"), dtypes=("float16",), capability=80, apart=True
+)
 QUANTIZE = Source("quantize.cu", ("most<T, true>", "most<T, false>", "codes<T, true>", "codes<T, false>"))
 MARGINS = Source("margins.cu", ("margins<__half>", "margins<float>", "margins<double>"), dtypes=("float64",))
 
-TILE, KEYS, PAD, ROOM = 16, 64, 16, 40  # rows of a warp, keys of a tile, bytes and numbers between rows: filtered.cu
+TILE, KEYS, PAD, ROOM = 16, 64, 16, 40  # rows of a warp, keys of a tile, bytes and numbers between rows: filtered.cuh
 VALUE_PAD = 8  # numbers behind a row of values and of sums: filtered_half.cu
 WARPS = 4  # of a block
 HEAD_PACKS = 2048  # of 16 bytes: a longer head is quantised by several blocks
-SHARED_BYTES = 227 << 10  # that a block can have on an H100 (CUDA C++ Programming Guide, compute capability 9.0)
 LEAST_KEYS = 256  # keys of a block where several share those of a row
 LOWEST = -(2**31)  # no estimate
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """How rows and keys are cut.
+class Cut:
+    """How rows and keys are shared among blocks.
 
     Attributes
     ----------
@@ -78,11 +77,10 @@ class Filtered(Launcher):
         most = (self.xp.zeros if parts > 1 else self.xp.empty)((batch, heads), bits)
         launch = Launch((batch * heads * parts,), (shapes.THREADS,))
         sizes = heads, length, width, *strides, parts, span
-        flag = "true" if vector else "false"
         if parts > 1:
-            self._launch(QUANTIZE, f"most<T, {flag}>", x, launch, x, most, *sizes)
+            self._launch(QUANTIZE, f"most<T, {flag(vector)}>", x, launch, x, most, *sizes)
         tiny = float(np.finfo(x.dtype).smallest_normal)
-        self._launch(QUANTIZE, f"codes<T, {flag}>", x, launch, x, most, codes, sigma, *sizes, tiny)
+        self._launch(QUANTIZE, f"codes<T, {flag(vector)}>", x, launch, x, most, codes, sigma, *sizes, tiny)
         return codes, sigma
 
     def filtered_attention(
@@ -91,37 +89,34 @@ class Filtered(Launcher):
         stage2: str = "int8",
     ) -> tuple[Array, Array]:  # fmt: skip
         check_filter("filtered_attention", q, k, q_codes, k_codes, q_scale, k_scale, thresholds, nibble, stage2, v)
-        (batch, heads, q_len, width), (groups, k_len), v_width = q.shape, k.shape[1:3], v.shape[3]
-        out = self.xp.empty((batch, q_len, heads, v_width), q.dtype).transpose(0, 2, 1, 3)  # merge_heads is a view
-        counts = self.xp.zeros((batch, heads), np.int64)
+        (batch, heads, q_len, _), (k_len, v_width) = q.shape, v.shape[2:]
+        out, counts = self._heads_last((batch, heads, q_len, v_width), q.dtype), self.xp.zeros((batch, heads), np.int64)
         if 0 in (*out.shape, k_len):
             out[...] = 0
             return out, counts
-        rows, itemsize = heads // groups * q_len, np.dtype(WIDE[dtype_of(q)]).itemsize
         given = self._operands(q, k, q_codes, k_codes, mask)
-        most, steps, margins = self._maxima(given, q_scale, k_scale, thresholds, scale, causal, nibble)
+        bounds = self._bounds(given, q_scale, k_scale, thresholds, scale, causal, nibble)
         v = self._unit_columns(v)
-        v_strides, out_strides = strides_of(v, batch), element_strides(out)[:3]
+        v_strides, out_strides = head_strides(v), element_strides(out)[:3]
         half = q.dtype == np.float16 and pack_of(v_width, tuple((v, stride) for stride in v_strides)) > 1
-        tiles = cut(batch * groups, rows, k_len, warps_that_fit(width, itemsize, v_width, half), True)
-        shared = shared_bytes(width, tiles.launch.block[1], itemsize, v_width, half)
-        splits, maps = tiles.splits, batch * heads
-        parts = self.xp.empty((splits, maps * q_len, v_width) if splits > 1 else (1,), WIDE[dtype_of(q)])
-        stats = self.xp.empty((splits, maps * q_len, 2) if splits > 1 else (1,), WIDE[dtype_of(q)])
-        source, nearest, exact = HALF if half else FILTERED, flag(nibble == "round"), stage2 == "float"
-        sparse = f"filtered<T, A, {columns_per_lane(v, v_strides)}, {nearest}>"
+        wide = np.dtype(WIDE[dtype_of(q)])
+        cut = shared_out(given, True, self.block_shared_bytes(), wide.itemsize, v_width, half)
+        parts = self.xp.empty((cut.splits, batch * heads * q_len, v_width) if cut.splits > 1 else (1,), wide)
+        stats = self.xp.empty((cut.splits, batch * heads * q_len, 2) if cut.splits > 1 else (1,), wide)
+        nearest, exact = flag(nibble == "round"), int(stage2 == "float")
+        source, kernel = FILTERED, f"filtered<T, A, {columns_per_lane(v, v_strides)}, {nearest}>"
+        if half:
+            source, kernel = HALF, f"filtered_half<{nearest}>"
         self._launch(
-            source, f"filtered_half<{nearest}>" if half else sparse, q,
-            Launch(tiles.launch.grid, tiles.launch.block, shared),
-            given.q, given.k, given.q_codes, given.k_codes, most, steps, margins, given.mask, v, out, parts, stats,
-            counts, maps, heads, groups, q_len, k_len, width, tiles.tiles, splits, tiles.span, int(causal), int(exact),
+            source, kernel, q, cut.launch, given.q, given.k, given.q_codes, given.k_codes, *bounds, given.mask, v, out,
+            parts, stats, counts, batch * heads, *given.sizes, cut.tiles, cut.splits, cut.span, int(causal), exact,
             given.masked, given.packed, float(scale), *given.strides, v_width, *v_strides, *out_strides,
         )  # fmt: skip
-        if splits > 1:
-            sizes = maps, heads, q_len, splits, v_width, int(exact), float(scale), *out_strides
-            self._launch(
-                FILTERED, "merge<T, A>", q, block_per_row(maps * q_len, v_width), parts, stats, steps, out, *sizes
-            )
+        if cut.splits > 1:
+            _, steps, _ = bounds
+            sizes = batch * heads, heads, q_len, cut.splits, v_width, exact, float(scale), *out_strides
+            launch = block_per_row(batch * heads * q_len, v_width)
+            self._launch(FILTERED, "merge<T, A>", q, launch, parts, stats, steps, out, *sizes)
         return out, counts
 
     def filtered_map(
@@ -130,22 +125,18 @@ class Filtered(Launcher):
         stage2: str = "int8",
     ) -> tuple[Array, Array]:  # fmt: skip
         check_filter("filtered_map", q, k, q_codes, k_codes, q_scale, k_scale, thresholds, nibble, stage2)
-        (batch, heads, q_len, width), (groups, k_len) = q.shape, k.shape[1:3]
-        out = self.xp.empty((batch, heads, q_len, k_len), q.dtype)
+        batch, heads, q_len, _ = q.shape
+        out = self.xp.empty((batch, heads, q_len, k.shape[2]), q.dtype)
         counts = self.xp.zeros((batch, heads), np.int64)
         if not out.size:
             return out, counts
-        itemsize = np.dtype(WIDE[dtype_of(q)]).itemsize
         given = self._operands(q, k, q_codes, k_codes, mask)
-        most, steps, margins = self._maxima(given, q_scale, k_scale, thresholds, scale, causal, nibble)
-        tiles = cut(batch * groups, heads // groups * q_len, k_len, warps_that_fit(width, itemsize, 0), False)
-        shared = shared_bytes(width, tiles.launch.block[1], itemsize, 0)
+        bounds = self._bounds(given, q_scale, k_scale, thresholds, scale, causal, nibble)
+        cut = shared_out(given, False, self.block_shared_bytes(), np.dtype(WIDE[dtype_of(q)]).itemsize)
         self._launch(
-            FILTERED, f"filtered_map<T, A, {flag(nibble == 'round')}>", q,
-            Launch(tiles.launch.grid, tiles.launch.block, shared),
-            given.q, given.k, given.q_codes, given.k_codes, most, steps, margins, given.mask, out, counts, heads,
-            groups, q_len, k_len, width, tiles.tiles, int(causal), int(stage2 == "float"), given.masked, given.packed,
-            float(scale), *given.strides,
+            FILTERED, f"filtered_map<T, A, {flag(nibble == 'round')}>", q, cut.launch, given.q, given.k, given.q_codes,
+            given.k_codes, *bounds, given.mask, out, counts, *given.sizes, cut.tiles, int(causal),
+            int(stage2 == "float"), given.masked, given.packed, float(scale), *given.strides,
         )  # fmt: skip
         return out, counts
 
@@ -158,28 +149,17 @@ class Filtered(Launcher):
                 f"{self.device_name()} has {self.capability() / 10}: use the numba or numpy engine"
             )
         q, k, q_codes, k_codes = (self._unit_columns(x) for x in (q, k, q_codes, k_codes))
-        shape, masked = (*q.shape[:3], k.shape[2]), mask is not None
-        if mask is not None:
-            mask = self.xp.broadcast_to(mask if mask.dtype == bool else mask != 0, shape)
-        strides = [strides_of(x, q.shape[0]) for x in (q, k, q_codes, k_codes)]
-        codes = tuple((x, stride) for x, steps in ((q_codes, strides[2]), (k_codes, strides[3])) for stride in steps)
-        return Operands(
-            q, k, q_codes, k_codes, mask if masked else q_codes, int(masked), int(pack_of(q.shape[3], codes) > 1),
-            (*(stride for steps in strides for stride in steps), *(element_strides(mask) if masked else (0, 0, 0, 0))),
-        )  # fmt: skip
+        codes = tuple((x, stride) for x in (q_codes, k_codes) for stride in head_strides(x))
+        pointer, (masked, *m_strides) = self._mask_of((*q.shape[:3], k.shape[2]), q_codes, mask)
+        strides = *head_strides(q, k, q_codes, k_codes), *m_strides
+        return Operands(q, k, q_codes, k_codes, pointer, masked, int(pack_of(q.shape[3], codes) > 1), strides)
 
-    def _maxima(
-        self,
-        given: Operands,
-        q_scale: Array,
-        k_scale: Array,
-        thresholds: Array,
-        scale: float,
-        causal: bool,
+    def _bounds(
+        self, given: Operands, q_scale: Array, k_scale: Array, thresholds: Array, scale: float, causal: bool,
         nibble: str,
-    ) -> tuple[Array, Array, Array]:
-        """Largest estimates (B, H, Tq), steps and margins (B, H)."""
-        (batch, heads, q_len, width), (groups, k_len) = given.q.shape, given.k.shape[1:3]
+    ) -> tuple[Array, Array, Array]:  # fmt: skip
+        """What decides which keys are kept: the largest estimates (B, H, Tq), steps and margins (B, H)."""
+        (batch, heads, q_len, _), groups = given.q.shape, given.k.shape[1]
         maps, c_type = batch * heads, shapes.C_TYPES[dtype_of(given.q)]
         q_scale, k_scale, thresholds = (self.xp.ascontiguousarray(x) for x in (q_scale, k_scale, thresholds))
         steps, margins = self.xp.empty((batch, heads), np.float64), self.xp.empty((batch, heads), np.int32)
@@ -189,13 +169,11 @@ class Filtered(Launcher):
             q_scale, k_scale, thresholds, steps, margins, maps, heads, heads // groups, k_batch, float(scale),
         )  # fmt: skip
         most = self.xp.full((batch, heads, q_len), LOWEST, np.int32)
-        tiles = cut(batch * groups, heads // groups * q_len, k_len, warps_that_fit(width, 0, 0), True)
-        shared = shared_bytes(width, tiles.launch.block[1], 0, 0)
+        cut = shared_out(given, True, self.block_shared_bytes())
         self._launch(
-            FILTERED, f"maxima<{flag(nibble == 'round')}>", given.q,
-            Launch(tiles.launch.grid, tiles.launch.block, shared), given.q_codes, given.k_codes, given.mask, most,
-            heads, groups, q_len, k_len, width, tiles.tiles, tiles.splits, tiles.span, int(causal), given.masked,
-            given.packed, *given.strides[6:],
+            FILTERED, f"maxima<{flag(nibble == 'round')}>", given.q, cut.launch, given.q_codes, given.k_codes,
+            given.mask, most, *given.sizes, cut.tiles, cut.splits, cut.span, int(causal), given.masked, given.packed,
+            *given.strides[6:],
         )  # fmt: skip
         return most, steps, margins
 
@@ -208,23 +186,19 @@ class Operands:
     k: Array
     q_codes: Array
     k_codes: Array
-    mask: Any
+    mask: Array
     masked: int
     packed: int
     strides: tuple[int, ...]
 
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """Heads, key heads, queries, keys, width."""
+        (_, heads, q_len, width), (_, groups, k_len, _) = self.q.shape, self.k.shape
+        return heads, groups, q_len, k_len, width
+
 
 # --- launch shapes --------------------------------------------------------------------------------------------------
-
-
-def flag(value: bool) -> str:
-    """A truth value as C++ writes it."""
-    return "true" if value else "false"
-
-
-def strides_of(x: Array, batch: int) -> tuple[int, ...]:
-    """Strides of batch, head and row of (B or 1, H, T, D)."""
-    return (*batch_strides(x, (batch,)), *element_strides(x)[1:3])
 
 
 def parts_of_heads(maps: int, packs: int) -> tuple[int, int]:
@@ -241,19 +215,30 @@ def shared_bytes(width: int, warps: int, itemsize: int, v_width: int, half: bool
     return row * (rows + KEYS) + rows * (ROOM + sums) * itemsize + (2 * KEYS * sums if half else 0)
 
 
-def warps_that_fit(width: int, itemsize: int, v_width: int, half: bool = False) -> int:
-    """Warps of a block, so that it leaves room for a second one; fewer where heads are wide."""
-    for most in (SHARED_BYTES // 2, SHARED_BYTES):
+def warps_that_fit(available: int, width: int, itemsize: int, v_width: int, half: bool = False) -> int:
+    """Warps of a block, so that its `available` bytes leave room for a second one; fewer where heads are wide."""
+    for most in (available // 2, available):
         for warps in (WARPS, WARPS // 2, 1):
             if shared_bytes(width, warps, itemsize, v_width, half) <= most:
                 return warps
     raise UnsupportedError(
-        f"filtered attention: heads of {width} numbers and values of {v_width} do not fit into {SHARED_BYTES} bytes of "
+        f"filtered attention: heads of {width} numbers and values of {v_width} do not fit into {available} bytes of "
         "shared memory; use narrower heads or another engine"
     )
 
 
-def cut(maps: int, rows: int, k_len: int, warps: int, splits_keys: bool) -> Tiles:
+def shared_out(
+    given: Operands, splits_keys: bool, available: int, itemsize: int = 0, v_width: int = 0, half: bool = False
+) -> Cut:
+    """The blocks of a launch, with room for weights and sums of `itemsize` bytes, if any, in `available` bytes each."""
+    heads, groups, q_len, k_len, width = given.sizes
+    warps = warps_that_fit(available, width, itemsize, v_width, half)
+    found = cut_of(len(given.q) * groups, heads // groups * q_len, k_len, warps, splits_keys)
+    shared = shared_bytes(width, found.launch.block[1], itemsize, v_width, half)
+    return replace(found, launch=replace(found.launch, shared_bytes=shared))
+
+
+def cut_of(maps: int, rows: int, k_len: int, warps: int, splits_keys: bool) -> Cut:
     """Rows of each of so many key heads in tiles, and keys too where there are too few of them for the device."""
     warps = min(warps, -(-rows // TILE))
     tiles = -(-rows // (TILE * warps))
@@ -261,7 +246,7 @@ def cut(maps: int, rows: int, k_len: int, warps: int, splits_keys: bool) -> Tile
     splits = max(1, min(wanted, k_len // LEAST_KEYS))
     span = -(-k_len // (splits * KEYS)) * KEYS
     splits = -(-k_len // span)
-    return Tiles(tiles, splits, span, Launch((maps * tiles * splits,), (32, warps)))
+    return Cut(tiles, splits, span, Launch((maps * tiles * splits,), (32, warps)))
 
 
 def columns_per_lane(v: Array, strides: tuple[int, ...]) -> int:

@@ -3,9 +3,9 @@
 //     o (16, Dv) = alpha o + p (16, 32) v (32, Dv)
 //
 // Tensor cores multiply the weights of 16 rows and 32 keys by all their values sooner than 32 lanes walk along the keys
-// that single rows keep: a tenth of 512 pairs, at some ten instructions each, is more than the 4 Dv / 8 products and the
-// loads and stores of the sums. Weights of dropped keys are zeros, so that a value that is not finite reaches the rows of
-// its tile (0 times NaN), as in the reference. Where no key of the 32 is kept by any of the rows, nothing is done.
+// that single rows keep: a tenth of 512 pairs, at some ten instructions each, is more than the 4 Dv / 8 products and
+// the loads and stores of the sums. Weights of dropped keys are zeros, so that a value that is not finite reaches the
+// rows of its tile (0 times NaN), as in the reference. Where none of the 32 keys is kept, nothing is done.
 //
 // work:     3 T S D int8 and T S Dv float16 multiply-adds on tensor cores
 // budget:   shared memory per block, D = Dv = 64: 5 KiB queries, 5 KiB keys, 9 KiB values, 10 KiB weights (for scores
@@ -15,9 +15,9 @@
 const int VALUE_PAD = 8;  // numbers behind a row of values and of sums: eight rows then begin in different banks
 
 // Copy rows of values to shared memory, 16 bytes at a time; rows from `count` on are zeros.
-__device__ void load_values(__half* to, const __half* v, Index v_row, int count, int v_width, int thread, int threads) {
+__device__ void load_values(__half* to, const __half* v, Index v_row, int count, int v_width) {
     int per_row = v_width / 8;
-    for (int i = thread; i < KEYS * per_row; i += threads) {
+    for (int i = threadIdx.y * 32 + threadIdx.x; i < KEYS * per_row; i += 32 * blockDim.y) {
         int r = i / per_row, c = i % per_row * 8;
         Pack<__half, 8> pack;
         for (int n = 0; n < 8; ++n) pack.at[n] = __half(0.0f);
@@ -26,13 +26,8 @@ __device__ void load_values(__half* to, const __half* v, Index v_row, int count,
     }
 }
 
-// Two weights as one register of a fragment.
-__device__ unsigned pair(float first, float second) {
-    Pack<__half, 2> pack = {{__half(first), __half(second)}};
-    return *reinterpret_cast<unsigned*>(&pack);
-}
-
-// Multiply the sums (TILE, v_width) of a warp's rows by alpha and add p v: p (16, 32) as soften leaves it, v (32, v_width).
+// Multiply the sums (TILE, v_width) of a warp's rows by alpha and add p v: p (16, 32) as soften leaves it,
+// v (32, v_width).
 __device__ void add_products(
     const Weigher<__half, float>& warp, const float (&p)[4][4], float* sums, const __half* v, int v_width
 ) {
@@ -41,7 +36,10 @@ __device__ void add_products(
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) a[k][i] = pair(p[2 * k + i / 2][2 * (i % 2)], p[2 * k + i / 2][2 * (i % 2) + 1]);
+        for (int i = 0; i < 4; ++i) {
+            const float* two = p[2 * k + i / 2] + 2 * (i % 2);
+            a[k][i] = two_halves(two[0], two[1]);
+        }
     }
     for (int c = 0; c < v_width; c += 8) {
         float* upper = sums + g * stride + c + 2 * t;
@@ -72,8 +70,7 @@ __global__ void __launch_bounds__(128, RESIDENT<float>) kernel_filtered_half(
     Index m_key, Index v_width, Index v_batch, Index v_head, Index v_row, Index o_batch, Index o_head, Index o_row
 ) {
     DYNAMIC_SHARED(signed char, shared);
-    int stride = (int(width) + 31) / 32 * 32 + PAD, thread = threadIdx.y * 32 + threadIdx.x;
-    int v_stride = int(v_width) + VALUE_PAD;
+    int stride = (int(width) + 31) / 32 * 32 + PAD, v_stride = int(v_width) + VALUE_PAD;
     signed char *own = shared + threadIdx.y * TILE * stride, *keys = shared + blockDim.y * TILE * stride;
     __half* values = reinterpret_cast<__half*>(keys + KEYS * stride);
     float* weights = reinterpret_cast<float*>(values + KEYS * v_stride) + threadIdx.y * TILE * ROOM;
@@ -89,20 +86,13 @@ __global__ void __launch_bounds__(128, RESIDENT<float>) kernel_filtered_half(
     k_codes += part.b * kc_batch + part.group * kc_head;
     v += part.b * v_batch + part.group * v_head;
     float s[4][4];
-    for (int tile = part.from; tile < part.stop; tile += KEYS) {
-        __syncthreads();
-        load_codes(keys, KEYS, width, stride, packed, thread, 32 * blockDim.y, [&](int r) {
-            return tile + r < k_len ? k_codes + Index(tile + r) * kc_row : nullptr;
-        });
-        load_values(values, v + tile * v_row, v_row, int(k_len) - tile, v_width, thread, 32 * blockDim.y);
-        __syncthreads();
-#pragma unroll 1
-        for (int chunk = 0; chunk < KEYS; chunk += CHUNK) {
-            if (!warp.template keep<NEAREST>(keys + chunk * stride, tile + chunk, s)) continue;
-            warp.soften(s);
-            add_products(warp, s, sums, values + chunk * v_stride, v_width);
-        }
-    }
+    auto row = [&](int key) { return key < k_len ? k_codes + Index(key) * kc_row : nullptr; };
+    auto fetch = [&](int tile) { load_values(values, v + tile * v_row, v_row, int(k_len) - tile, v_width); };
+    walk(part.from, part.stop, keys, width, stride, packed, row, fetch, [&](int tile, int chunk) {
+        if (!warp.template keep<NEAREST>(keys + chunk * stride, tile + chunk, s)) return;
+        warp.soften(s);
+        add_products(warp, s, sums, values + chunk * v_stride, v_width);
+    });
     finish<__half, float>(
         warp, part, sums, v_stride, out, parts, stats, counts, maps, heads, per_group, q_len, splits, v_width, o_batch,
         o_head, o_row

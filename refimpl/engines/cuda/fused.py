@@ -7,7 +7,7 @@ import math
 from refimpl.engines.cuda import plans
 from refimpl.engines.cuda.launch import Source, dtype_of
 from refimpl.engines.cuda.products import Products
-from refimpl.engines.cuda.shapes import WARP, WIDE, Launch, batch_strides, element_strides
+from refimpl.engines.cuda.shapes import WARP, WIDE, Launch, element_strides, head_strides
 from refimpl.engines.protocol import Array
 
 TENSOR = Source(
@@ -70,9 +70,9 @@ class FusedAttention(Products):
         self, tiles: plans.Tiles, q: Array, k: Array, v: Array, scale: float, seen: tuple[int, int], mask: Array | None
     ) -> Array:
         q, k, v = (self._vector_rows(x) for x in (q, k, v))
-        out, pointer, masked = self._out_like(q), *self._mask_of((*q.shape[:3], k.shape[2]), q, mask)
+        out, pointer, masked = self._heads_last(q.shape, q.dtype), *self._mask_of((*q.shape[:3], k.shape[2]), q, mask)
         sizes = k.shape[1], q.shape[2], k.shape[2], q.shape[3], *seen, scale * LOG2_E
-        strides = self._strides(q, k, v, out)
+        strides = head_strides(q, k, v, out)
         self._launch(TENSOR, tiles.kernel, q, tiles.launch, q, k, v, out, pointer, *sizes, *strides, *masked)
         return out
 
@@ -80,10 +80,10 @@ class FusedAttention(Products):
         self, tiles: plans.Tiles, q: Array, k: Array, v: Array, scale: float, seen: tuple[int, int], mask: Array | None
     ) -> Array:
         q, k, v = (self._unit_columns(x) for x in (q, k, v))
-        out, pointer, masked = self._out_like(q), *self._mask_of((*q.shape[:3], k.shape[2]), q, mask)
+        out, pointer, masked = self._heads_last(q.shape, q.dtype), *self._mask_of((*q.shape[:3], k.shape[2]), q, mask)
         packed = q.shape[3] % 4 == 0 and all(plans.aligned(x.data.ptr, element_strides(x), 4) for x in (q, k, v, out))
         sizes = k.shape[1], q.shape[2], k.shape[2], q.shape[3], *seen, float(scale), int(packed)
-        strides = self._strides(q, k, v, out)
+        strides = head_strides(q, k, v, out)
         self._launch(FLOAT, tiles.kernel, q, tiles.launch, q, k, v, out, pointer, *sizes, *strides, *masked)
         return out
 
@@ -93,12 +93,12 @@ class FusedAttention(Products):
     ) -> Array:  # fmt: skip
         batch, heads, q_len, width = q.shape
         q, k, v = self._unit_columns(q), self._vector_rows(k), self._vector_rows(v)
-        out, pointer, masked = self._out_like(q), *self._mask_of((*q.shape[:3], k.shape[2]), q, mask)
+        out, pointer, masked = self._heads_last(q.shape, q.dtype), *self._mask_of((*q.shape[:3], k.shape[2]), q, mask)
         partial = out  # one range needs none
         if ranges.count > 1:
             partial = self.xp.empty((batch, heads, q_len, ranges.count, width + 2), WIDE[dtype_of(q)])
         sizes = heads, k.shape[1], q_len, width, *seen, ranges.first, ranges.stop, ranges.share, float(scale)
-        strides = self._strides(q, k, v, out)
+        strides = head_strides(q, k, v, out)
         self._launch(DECODE, ranges.kernel, q, ranges.launch, q, k, v, out, pointer, partial, *sizes, *strides, *masked)
         if ranges.count > 1:
             shape = Launch((batch * heads * q_len,), (4 * WARP,))
@@ -106,23 +106,7 @@ class FusedAttention(Products):
             self._launch(DECODE, "combine<T, A>", q, shape, partial, out, *counts, *element_strides(out)[:3])
         return out
 
-    def _out_like(self, q: Array) -> Array:
-        """Room for (B, H, T, D) that lies in memory as (B, T, H, D), so that `merge_heads` need not copy."""
-        batch, heads, q_len, width = q.shape
-        return self.xp.empty((batch, q_len, heads, width), q.dtype).transpose(0, 2, 1, 3)
-
-    def _strides(self, *arrays: Array) -> tuple[int, ...]:
-        """Of each array those of batch, head and row; 0 for a batch of one."""
-        return tuple(s for x in arrays for s in (*batch_strides(x, x.shape[:1]), *element_strides(x)[1:3]))
-
     def _vector_rows(self, x: Array) -> Array:
         """x with rows that are read 16 bytes at a time; a copy where they cannot be."""
         fits = plans.aligned(x.data.ptr, element_strides(x), x.dtype.itemsize)
         return x if fits else self.xp.ascontiguousarray(x)
-
-    def _mask_of(self, shape: tuple[int, ...], other: Array, mask: Array | None) -> tuple[Array, tuple[int, ...]]:
-        """A kernel's mask arguments: its array, 1 and its strides; any array, 0 and zeros where there is none."""
-        if mask is None:
-            return other, (0, 0, 0, 0, 0)
-        mask = self.xp.broadcast_to(mask if mask.dtype == bool else mask != 0, shape)
-        return mask, (1, *element_strides(mask))

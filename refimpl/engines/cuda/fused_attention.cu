@@ -2,28 +2,32 @@
 //
 //     out_i = sum_j p_ij v_j,   p_ij = e^(scale q_i . k_j) / sum_j e^(scale q_i . k_j),
 //
-// over the keys j that query i sees: i + low <= j <= i + high, j < k_len, and mask_ij. FlashAttention-2 (arXiv 2307.08691,
-// algorithm 1): a block owns a tile of queries and walks along the tiles of keys that any of them sees.
+// over the keys j that query i sees: i + low <= j <= i + high, j < k_len, and mask_ij. FlashAttention-2 (arXiv
+// 2307.08691, algorithm 1): a block owns a tile of queries and walks along the tiles of keys that any of them sees.
 //
-// A block     4 warps, 64 STRIPES queries of one head; a warp owns STRIPES stripes of 16 queries by all keys, so that no
-//             row is shared between warps. With two stripes each fragment of K and V read from shared memory is used twice.
+// A block     4 warps, 64 STRIPES queries of one head; a warp owns STRIPES stripes of 16 queries by all keys, so that
+//             no row is shared between warps. With two stripes each fragment of K and V read from shared memory is used
+//             twice.
 // Products    mma m16n8k16 (float16 in, float32 sums). The sums of S = Q Kᵀ lie in registers just as the left operand
-//             of P V has to, so that probabilities never leave their thread: WMMA, whose fragments are opaque, would need
-//             shared memory in between.
-// Registers   two stripes, D = 128: out 128 of a thread's 255, S 32 (tiles of 32 keys); D = 64: out 64, S 64 (tiles of 64
-//             keys), and Q 32, which is read again for every tile where D is larger. Two such blocks fit a multiprocessor.
-// Shared      Q, and two stages of K and V: (64 STRIPES + 4 KEYS) (D + 8) halves, 54 KiB for D = 64, 68 KiB for D = 128.
-//             Rows are 16 bytes longer than needed, an odd number of 16-byte columns, so that the 8 rows that ldmatrix
-//             reads at a time lie in different banks.
-// Logits      e^(scale (s - m)) = 2^(c s - c m) with c = scale log2(e), `factor`: one fused multiply-add and one ex2. The
-//             rounding of c m is that of all keys of a tile alike. The scale is positive: the host turns q's sign.
+//             of P V has to, so that probabilities never leave their thread: WMMA, whose fragments are opaque, would
+//             need shared memory in between.
+// Registers   two stripes, D = 128: out 128 of a thread's 255, S 32 (tiles of 32 keys); D = 64: out 64, S 64 (tiles of
+//             64 keys), and Q 32, which is read again for every tile where D is larger. A multiprocessor has
+//             room for two such blocks.
+// Shared      Q, and two stages of K and V: (64 STRIPES + 4 KEYS) (D + 8) halves, 54 KiB for D = 64, 68 KiB for
+//             D = 128. Rows are 16 bytes longer than needed, an odd number of 16-byte columns, so that the 8 rows that
+//             ldmatrix reads at a time lie in different banks.
+// Logits      e^(scale (s - m)) = 2^(c s - c m) with c = scale log2(e), `factor`: one fused multiply-add and one ex2.
+//             The rounding of c m is that of all keys of a tile alike. The scale is positive: the host turns q's sign.
 // Copies      cp.async of the next K and V runs while this tile is computed: one barrier per tile.
 #include "online_softmax.cuh"
+#include "reduce.cuh"
 #include "tensor_cores.cuh"
 
 const int WARPS = 4;
 
-// Rows `first` to first + ROWS - 1 of x (length, width) -> tile (ROWS, D + 8), zeros outside x. Four threads share a row.
+// Rows `first` to first + ROWS - 1 of x (length, width) -> tile (ROWS, D + 8), zeros outside x.
+// Four threads share a row.
 template <int ROWS, int D>
 __device__ void copy_tile(__half* tile, const __half* x, Index row_stride, int first, int length, int width) {
     int row = threadIdx.x / 4, column = threadIdx.x % 4 * 8;
@@ -45,25 +49,22 @@ template <int D> __device__ void left_operand(unsigned (&a)[4], const __half* ti
     ldmatrix_x4(a, tile + (row + lane % 16) * (D + 8) + column + lane / 16 * 8);
 }
 
-// 16 keys x 16 columns of K as right operands of mma for S = Q Kᵀ: b[0], b[1] for the first 8 keys, b[2], b[3] for the others.
+// 16 keys x 16 columns of K as right operands of mma for S = Q Kᵀ: b[0], b[1] for the first 8 keys, b[2], b[3]
+// for the others.
 template <int D> __device__ void keys_operand(unsigned (&b)[4], const __half* tile, int key, int column) {
     int lane = threadIdx.x % 32;
     ldmatrix_x4(b, tile + (key + lane / 16 * 8 + lane % 8) * (D + 8) + column + lane / 8 % 2 * 8);
 }
 
-// 16 keys x 16 columns of V as right operands of mma for P V: b[0], b[1] for the first 8 columns, b[2], b[3] for the others.
+// 16 keys x 16 columns of V as right operands of mma for P V: b[0], b[1] for the first 8 columns,
+// b[2], b[3] for the others.
 template <int D> __device__ void values_operand(unsigned (&b)[4], const __half* tile, int key, int column) {
     int lane = threadIdx.x % 32;
     ldmatrix_x4_trans(b, tile + (key + lane % 16) * (D + 8) + column + lane / 16 * 8);
 }
 
-__device__ unsigned two_halves(float low, float high) {
-    __half2 pair = __floats2half2_rn(low, high);
-    return *reinterpret_cast<unsigned*>(&pair);
-}
-
-// q (B, H, q_len, width), k, v (B or 1, groups, k_len, width) by strides, width a multiple of 8 up to D, rows aligned to
-// 16 bytes -> out (B, H, q_len, width) by strides. Mask by strides (0 where it broadcasts), read where `masked`.
+// q (B, H, q_len, width), k, v (B or 1, groups, k_len, width) by strides, width a multiple of 8 up to D, rows aligned
+// to 16 bytes -> out (B, H, q_len, width) by strides. Mask by strides (0 where it broadcasts), read where `masked`.
 // Ops attention and local_attention of the reference. One block per tile of queries, head and batch.
 template <int D, int STRIPES>
 __global__ void __launch_bounds__(128) kernel_fused(
@@ -82,7 +83,7 @@ __global__ void __launch_bounds__(128) kernel_fused(
     q += batch * q_batch + head * q_head;
     k += batch * k_batch + group * k_head, v += batch * v_batch + group * v_head;
     int rows = int(q_len), keys = int(k_len), columns = int(width), below = int(low), above = int(high);
-    int first_row = (gridDim.x - 1 - blockIdx.x) * ROWS;  // the last rows see most under a causal mask: they start first
+    int first_row = (gridDim.x - 1 - blockIdx.x) * ROWS;  // the last rows first: causal ones see most
     int last_row = min(first_row + ROWS, rows) - 1;
     int tile = max(first_row + below, 0) / KEYS;
     int stop = (min(last_row + above + 1, keys) + KEYS - 1) / KEYS;  // behind the last tile
@@ -123,10 +124,11 @@ __global__ void __launch_bounds__(128) kernel_fused(
         }
         copy_async_commit();
         int first_key = tile * KEYS, warp_row = first_row + stripe_row, warp_last = warp_row + 16 * STRIPES - 1;
-        if (first_key > warp_last + above || first_key + KEYS <= warp_row + below) continue;  // the warp's rows see none of it
+        if (first_key > warp_last + above || first_key + KEYS <= warp_row + below) continue;  // no row sees any
 
         // Most tiles lie inside what all rows see; of the others each of the thread's logits has a bit.
-        bool edge = first_key < warp_last + below || first_key + KEYS - 1 > warp_row + above || first_key + KEYS > keys || masked;
+        bool edge = first_key < warp_last + below || first_key + KEYS - 1 > warp_row + above || first_key + KEYS > keys;
+        edge = edge || masked;
         unsigned seen[STRIPES];
         if (edge) {
             const unsigned char* m = mask + blockIdx.z * m_batch + blockIdx.y * m_head;
@@ -180,8 +182,8 @@ __global__ void __launch_bounds__(128) kernel_fused(
                 float best = maximum[r][half];
 #pragma unroll
                 for (int n = 0; n < KEYS / 8; ++n) best = fmaxf(best, fmaxf(s[r][n][2 * half], s[r][n][2 * half + 1]));
-                best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
-                best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
+                best = fmaxf(best, __shfl_xor_sync(ALL_LANES, best, 1));
+                best = fmaxf(best, __shfl_xor_sync(ALL_LANES, best, 2));
                 float c = float(factor), minus = subtracted(best) * c;
                 float kept = power_of_two(maximum[r][half] * c - minus), added = 0;
                 maximum[r][half] = best;
@@ -226,10 +228,7 @@ __global__ void __launch_bounds__(128) kernel_fused(
     for (int r = 0; r < STRIPES; ++r)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float total = sum[r][half];
-            total += __shfl_xor_sync(~0u, total, 1);
-            total += __shfl_xor_sync(~0u, total, 2);
-            float share = reciprocal(total);
+            float share = reciprocal(quad_sum(sum[r][half]));
             __half* to = q_tile + (stripe_row + 16 * r + 8 * half + lane / 4) * (D + 8) + lane % 4 * 2;
 #pragma unroll
             for (int n = 0; n < D / 8; ++n) {

@@ -7,9 +7,10 @@
 //
 // A block     256 threads as 16 x 16, 64 queries of one head by tiles of 64 keys. Thread (x, y) owns the queries
 //             4 y .. 4 y + 3, and of these the logits of the keys x, x + 16, x + 32, x + 48, and the columns
-//             4 x .. 4 x + 3 of each 64 of out. So a row belongs to 16 neighbours in one warp, which shuffles can reach.
-// Products    4 x 4 per thread from registers: 8 loads of 16 bytes for 64 multiply-adds. Keys 16 apart, in rows of D + 4
-//             numbers, lie in different banks.
+//             4 x .. 4 x + 3 of each 64 of out. So a row belongs to 16 neighbours in one warp, which shuffles can
+//             reach.
+// Products    4 x 4 per thread from registers: 8 loads of 16 bytes for 64 multiply-adds. Keys 16 apart, in rows of
+//             D + 4 numbers, lie in different banks.
 // Shared      Q, K, V: 3 * 64 (D + 4), and P: 64 * 68 floats: 68 KiB for D = 64 (two blocks on a multiprocessor of an
 //             H100, by registers too), 116 KiB for D = 128 (one).
 // Scale       is multiplied into Q, so that logits round as those of the reference do.
@@ -54,7 +55,8 @@ __global__ void __launch_bounds__(256) kernel_fused_float(
 ) {
     DYNAMIC_SHARED(float, shared);
     const int PITCH = D + 4, P_PITCH = TILE + 4, C = D / 64;
-    float *q_tile = shared, *k_tile = q_tile + TILE * PITCH, *v_tile = k_tile + TILE * PITCH, *p_tile = v_tile + TILE * PITCH;
+    float *q_tile = shared, *k_tile = q_tile + TILE * PITCH, *v_tile = k_tile + TILE * PITCH;
+    float* p_tile = v_tile + TILE * PITCH;
     Index head = blockIdx.y, batch = blockIdx.z, group = head / (gridDim.y / groups);
     q += batch * q_batch + head * q_head, out += batch * o_batch + head * o_head;
     k += batch * k_batch + group * k_head, v += batch * v_batch + group * v_head;
@@ -108,7 +110,7 @@ __global__ void __launch_bounds__(256) kernel_fused_float(
         for (int r = 0; r < 4; ++r) {
             float best = fmaxf(maximum[r], fmaxf(fmaxf(s[r][0], s[r][1]), fmaxf(s[r][2], s[r][3])));
 #pragma unroll
-            for (int by = 8; by; by /= 2) best = fmaxf(best, __shfl_xor_sync(WARP, best, by));
+            for (int by = 8; by; by /= 2) best = fmaxf(best, __shfl_xor_sync(ALL_LANES, best, by));
             float minus = subtracted(best), kept = exponential(maximum[r] - minus);
             maximum[r] = best, sum[r] *= kept;
 #pragma unroll
@@ -145,7 +147,7 @@ __global__ void __launch_bounds__(256) kernel_fused_float(
     for (int r = 0; r < 4; ++r) {
         float total = sum[r];
 #pragma unroll
-        for (int by = 8; by; by /= 2) total += __shfl_xor_sync(WARP, total, by);
+        for (int by = 8; by; by /= 2) total += __shfl_xor_sync(ALL_LANES, total, by);
         float share = reciprocal(total);
         int row = first_row + 4 * y + r;
         if (row >= rows) continue;

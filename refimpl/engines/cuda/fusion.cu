@@ -21,7 +21,7 @@ template <typename T, int V> struct Added {
         Pack<T, V> sum = load<V>(x + column);
         const Pack<T, V> other = load<V>(y + column);
 #pragma unroll
-        for (int j = 0; j < V; ++j) sum.v[j] = T(fma(scale, A(other.v[j]), A(sum.v[j])));
+        for (int j = 0; j < V; ++j) sum.at[j] = T(fma(scale, A(other.at[j]), A(sum.at[j])));
         store(total + column, sum);
         return sum;
     }
@@ -60,7 +60,7 @@ __global__ void kernel_bias_activation(T* y, const T* bias, Index rows, Index wi
     Pack<T, V> held[ROWS];
     tile.read(held, y, width);
     const Pack<T, V> b = load<V>(bias + tile.column);
-    tile.write(y, width, [&](int i, int j) { return F::template of<T>(A(held[i].v[j]) + A(b.v[j])); });
+    tile.write(y, width, [&](int i, int j) { return F::template of<T>(A(held[i].at[j]) + A(b.at[j])); });
 }
 
 // Gated products of y + bias: y (rows, 2 width), a product, bias (2 width,) -> out (rows, width).
@@ -78,7 +78,7 @@ __global__ void kernel_bias_gate(const T* y, const T* bias, T* out, Index rows, 
     const Pack<T, V> value_bias = load<V>(bias + value_at + tile.column);
     const Pack<T, V> gate_bias = load<V>(bias + gate_at + tile.column);
     tile.write(out, width, [&](int i, int j) {
-        const A value = A(values[i].v[j]) + A(value_bias.v[j]), gate = A(gates[i].v[j]) + A(gate_bias.v[j]);
+        const A value = A(values[i].at[j]) + A(value_bias.at[j]), gate = A(gates[i].at[j]) + A(gate_bias.at[j]);
         return swish ? gated<T>(gate, gate) * value : gated<T>(value, gate);
     });
 }

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from refimpl.engines.cuda.failures import of_cupy, one_line
 from refimpl.engines.protocol import Array
 from refimpl.errors import UnsupportedError
 
@@ -61,10 +62,10 @@ class Replay:
                 device.uploads = None
 
     def _recorded(self, work: Callable[[], Array]) -> tuple[Array, Any]:
-        failure: Exception | None = None
+        failure: BaseException | None = None
         try:
             output = work()
-        except Exception as error:
+        except BaseException as error:  # Ctrl-C, too
             failure = error
         try:  # in any case, or the stream stays in capture
             graph = self._stream.end_capture()
@@ -72,9 +73,9 @@ class Replay:
             failure = failure or error
         if failure is None:
             return output, graph
-        if isinstance(failure, (UnsupportedError, MemoryError)) or not _of_cupy(failure):
+        if isinstance(failure, MemoryError) or not of_cupy(failure):
             raise failure
-        raise cannot(" ".join(str(failure).split())) from failure
+        raise cannot(one_line(failure)) from failure
 
     def __call__(self) -> tuple[Array, float]:
         """Launch it and wait: the output, which the next launch overwrites, and the seconds on the device."""
@@ -90,7 +91,3 @@ class Replay:
 def cannot(reason: str) -> UnsupportedError:
     """The error for a pass that cannot be recorded."""
     return UnsupportedError(f"the pass cannot be recorded as a CUDA graph: {reason}; leave --graph away")
-
-
-def _of_cupy(error: Exception) -> bool:
-    return type(error).__module__.split(".")[0] in ("cupy", "cupy_backends")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.engines.cuda.device import Device
-from refimpl.engines.cuda.shapes import C_TYPES, PACK_BYTES, WIDE, Launch, element_strides, row_stride
+from refimpl.engines.cuda.shapes import C_TYPES, PACK_BYTES, WIDE, Launch, Strides, element_strides, row_stride
 from refimpl.engines.protocol import Array
 from refimpl.errors import ShapeError, UnsupportedError
 
@@ -132,6 +132,19 @@ class Launcher(Device):
         even = (column == 1 or columns == 1) and (row >= columns or rows == 1)
         return x if even else self.xp.ascontiguousarray(x)
 
+    def _heads_last(self, shape: tuple[int, ...], dtype: Any, zeros: bool = False) -> Array:
+        """Room for (B, H, T, D) that lies in memory as (B, T, H, D), so that `merge_heads` need not copy."""
+        batch, heads, length, width = shape
+        make = self.xp.zeros if zeros else self.xp.empty
+        return make((batch, length, heads, width), dtype).transpose(0, 2, 1, 3)
+
+    def _mask_of(self, shape: tuple[int, ...], other: Array, mask: Array | None) -> tuple[Array, Strides]:
+        """A kernel's mask arguments: its array, 1 and its strides; any array, 0 and zeros where there is none."""
+        if mask is None:
+            return other, (0,) * (1 + len(shape))
+        mask = self.xp.broadcast_to(mask if mask.dtype == bool else mask != 0, shape)
+        return mask, (1, *element_strides(mask))
+
 
 def dtype_of(x: Array) -> str:
     """The name of an array's dtype; UnsupportedError if the kernels do not compute in it."""
@@ -139,6 +152,11 @@ def dtype_of(x: Array) -> str:
     if name not in C_TYPES:
         raise UnsupportedError(f"the CuPy engine computes in {', '.join(C_TYPES)}; the array is {name}")
     return name
+
+
+def flag(value: bool) -> str:
+    """A truth value as C++ writes it."""
+    return "true" if value else "false"
 
 
 def kernel_argument(value: Any) -> Any:

@@ -55,16 +55,19 @@ __global__ void kernel_hide(
 // scores (B, heads, block, keys) by strides -> out (B, heads, block, keys), contiguous; out may be scores where S is T.
 // Op softmax of the reference, and the softmax inside attention by blocks. Its time is that of one read and one write:
 //
-// Short rows  `softmax`: a row stays in the registers of its team, 16 numbers in each thread: a warp for up to 512 keys, as
-//             many warps as it takes for up to 16,384. Warps share a block only where each has a row of its own.
-// Long rows   `softmax_long`: the block walks along the row twice, first for maximum and sum together (arXiv 1805.02867,
-//             algorithm 3), then to write; the second read is one of the second-level cache where the rows fit it.
+// Short rows  `softmax`: a row stays in the registers of its team, 16 numbers in each thread: a warp for up to 512
+//             keys, as many warps as it takes for up to 16,384. Warps share a block only where each has a row of its
+//             own.
+// Long rows   `softmax_long`: the block walks along the row twice, first for maximum and sum together (arXiv
+//             1805.02867, algorithm 3), then to write; the second read is one of the second-level cache where the rows
+//             fit it.
 // Where `packed`, rows start at multiples of 16 bytes and move 16 bytes at a time; else neighbours read neighbours.
 const int HELD = 16;  // numbers of a row in each thread
 
-// What f makes of the values of all threads of a team: blockDim.x of them, in whole warps; cells holds one for each warp.
+// What f makes of the values of all threads of a team: blockDim.x of them, in whole warps; cells holds one
+// for each warp.
 template <typename A, typename F> __device__ A of_team(A value, A* cells, F f) {
-    for (int by = 16; by; by /= 2) value = f(value, __shfl_xor_sync(WARP, value, by));
+    for (int by = 16; by; by /= 2) value = f(value, __shfl_xor_sync(ALL_LANES, value, by));
     if (blockDim.x == 32) return value;
     __syncthreads();  // the cells may still be read
     if (threadIdx.x % 32 == 0) cells[threadIdx.x / 32] = value;
@@ -73,8 +76,6 @@ template <typename A, typename F> __device__ A of_team(A value, A* cells, F f) {
     for (int warp = 1; warp < blockDim.x / 32; ++warp) value = f(value, cells[warp]);
     return value;
 }
-struct Larger { template <typename A> __device__ A operator()(A a, A b) const { return larger(a, b); } };
-struct Sum { template <typename A> __device__ A operator()(A a, A b) const { return a + b; } };
 
 template <typename S, typename T>
 __global__ void __launch_bounds__(1024) kernel_softmax(

@@ -1,7 +1,8 @@
 // What decides in filtered attention, in float64 as in the reference, so that the same keys are kept in every dtype.
 #include "prelude.cuh"
 
-const double WIDEST = 1 << 22;  // keeps all: 256 times it is more than estimates differ in heads of up to 32,768 numbers
+// Keeps all: 256 times it is more than estimates differ in heads of up to 32,768 numbers.
+const double WIDEST = 1 << 22;
 
 // Of each head scale sigma_q sigma_k, which scores are multiples of, and by how much estimates / 256 may lie below the
 // largest: floor(theta / (256 scale sigma_q sigma_k)).

@@ -1,18 +1,17 @@
 // Norms of rows that are held in registers: read once, written once.
 #pragma once
+#include "reduce.cuh"
 #include "tiles.cuh"
 
 // Sum over the threads of a row: a warp, or a block of several; the same bits in all of them.
 template <typename A> __device__ A row_sum(A value) {
     __shared__ A cells[32];
-    for (int by = 16; by > 0; by /= 2) value += __shfl_xor_sync(0xffffffffu, value, by);
+    value = warp_sum(value);
     if (blockDim.x == 32) return value;
     __syncthreads();  // the cells may still be read
     if (threadIdx.x % 32 == 0) cells[threadIdx.x / 32] = value;
     __syncthreads();
-    value = threadIdx.x % 32 < blockDim.x / 32 ? cells[threadIdx.x % 32] : A(0);
-    for (int by = 16; by > 0; by /= 2) value += __shfl_xor_sync(0xffffffffu, value, by);
-    return value;
+    return warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? cells[threadIdx.x % 32] : A(0));
 }
 
 // A row: thread t of blockDim.x holds its packs t, t + blockDim.x, ..., P of them; what is beyond is read again.
@@ -47,7 +46,7 @@ template <typename T, int V, int P> struct Row {
         A sum = 0;
         each([&](const Pack<T, V>& pack, int) {
 #pragma unroll
-            for (int j = 0; j < V; ++j) sum = add(sum, A(pack.v[j]));
+            for (int j = 0; j < V; ++j) sum = add(sum, A(pack.at[j]));
         });
         return row_sum(sum);
     }
@@ -55,7 +54,9 @@ template <typename T, int V, int P> struct Row {
 
 // (x - mean) / sqrt(variance + eps) * weight + bias: the mean first, then squares of what is left of it.
 template <typename T, int V, int P>
-__device__ void write_layer_norm(const Row<T, V, P>& row, const T* weight, const T* bias, T* out, Index width, double eps) {
+__device__ void write_layer_norm(
+    const Row<T, V, P>& row, const T* weight, const T* bias, T* out, Index width, double eps
+) {
     typedef typename Wide<T>::type A;
     const A mean = row.sum([](A sum, A x) { return sum + x; }) / A(width);
     const A variance = row.sum([=](A sum, A x) { return fma(x - mean, x - mean, sum); }) / A(width);
@@ -64,7 +65,7 @@ __device__ void write_layer_norm(const Row<T, V, P>& row, const T* weight, const
         const Pack<T, V> w = load<V>(weight + column), b = load<V>(bias + column);
         Pack<T, V> y;
 #pragma unroll
-        for (int j = 0; j < V; ++j) y.v[j] = T(fma((A(x.v[j]) - mean) * factor, A(w.v[j]), A(b.v[j])));
+        for (int j = 0; j < V; ++j) y.at[j] = T(fma((A(x.at[j]) - mean) * factor, A(w.at[j]), A(b.at[j])));
         store(out + column, y);
     });
 }
@@ -79,7 +80,7 @@ __device__ void write_rms_norm(const Row<T, V, P>& row, const T* weight, T* out,
         const Pack<T, V> w = load<V>(weight + column);
         Pack<T, V> y;
 #pragma unroll
-        for (int j = 0; j < V; ++j) y.v[j] = T(A(x.v[j]) * factor * A(w.v[j]));
+        for (int j = 0; j < V; ++j) y.at[j] = T(A(x.at[j]) * factor * A(w.at[j]));
         store(out + column, y);
     });
 }

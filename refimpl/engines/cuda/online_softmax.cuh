@@ -1,8 +1,8 @@
 // One row of attention, key by key: what every fused kernel keeps of a row and how it takes in more keys.
 //
-// A row keeps the maximum m of its logits s_j so far, the sum l of e^(s_j - m) and the sum o of e^(s_j - m) v_j. Where more
-// keys raise the maximum from m to m', both sums are first multiplied by e^(m - m') (arXiv 1805.02867, algorithm 3). At
-// the end the result is o / l, and 0 where no key was seen.
+// A row keeps the maximum m of its logits s_j so far, the sum l of e^(s_j - m) and the sum o of e^(s_j - m) v_j. Where
+// more keys raise the maximum from m to m', both sums are first multiplied by e^(m - m') (arXiv 1805.02867,
+// algorithm 3). At the end the result is o / l, and 0 where no key was seen.
 #pragma once
 #include "prelude.cuh"
 

@@ -1,4 +1,4 @@
-// Several numbers of a row that one instruction moves.
+// Several numbers of a row that one instruction moves: up to 16 bytes, aligned to so many.
 #pragma once
 
 template <typename T, int N> struct alignas(sizeof(T) * N) Pack { T at[N]; };
@@ -8,11 +8,4 @@ template <int N, typename T> __device__ Pack<T, N> load(const T* from) {
 }
 template <int N, typename T> __device__ void store(T* to, const Pack<T, N>& pack) {
     *reinterpret_cast<Pack<T, N>*>(to) = pack;
-}
-
-enum : unsigned { WARP = 0xffffffff };  // all lanes
-
-template <typename A> __device__ A warp_sum(A value) {
-    for (int by = 16; by; by /= 2) value += __shfl_xor_sync(WARP, value, by);
-    return value;
 }

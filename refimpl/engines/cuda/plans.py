@@ -8,9 +8,7 @@ from refimpl.engines.cuda import shapes
 from refimpl.engines.cuda.shapes import PACK_BYTES, WARP, Launch, Strides
 
 FAR = 1 << 30  # beyond every key; also the limit of lengths, which kernels count in 32 bits
-GRID_LIMIT = (
-    65_535  # blocks along the second and third axis (CUDA C++ Programming Guide, table of compute capabilities)
-)
+GRID_LIMIT = 65_535  # blocks along the second and third axis (CUDA C++ Programming Guide, compute capabilities)
 
 
 def band(q_len: int, k_len: int, causal: bool, window: int | None) -> tuple[int, int]:
@@ -71,9 +69,7 @@ def tensor_tiles(batch: int, heads: int, q_len: int, width: int, multiprocessors
 
 FLOAT_WIDTHS = (64, 128)  # D of kernel_fused_float
 FLOAT_TILE = 64
-FLOAT_FLOPS = (
-    2e9  # of what one launch computes before cuBLAS's faster products make up for their many; ours, not measured
-)
+FLOAT_FLOPS = 2e9  # of one launch, beyond which cuBLAS's faster products make up for their many; ours, not measured
 
 
 def float_tiles(batch: int, heads: int, q_len: int, k_len: int, width: int) -> Tiles | None:

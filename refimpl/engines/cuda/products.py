@@ -47,7 +47,7 @@ class Products(Launcher):
         factors = np.asarray([alpha, beta], WIDE[a.dtype.name])
         one, zero = factors.ctypes.data, factors.ctypes.data + factors.itemsize
         turn = cublas.CUBLAS_OP_T if transposed else cublas.CUBLAS_OP_N
-        shape, strides = out.shape[:-2], [batch_strides(x, out.shape[:-2]) for x in (a, b, out)]
+        shape, strides = out.shape[:-2], [batch_strides(x, out.ndim - 2) for x in (a, b, out)]
         leads = [leading_dimension(x.shape, element_strides(x)) for x in (a, b, out)]
         handle = self.xp.cuda.device.get_cublas_handle()
         for count, steps, offsets in product_calls(shape, strides):

@@ -5,7 +5,7 @@
 //
 // bytes:    2 T D sizeof(T) read and T D written per head; 16 bytes per lane where rows allow
 #include "packs.cuh"
-#include "prelude.cuh"
+#include "reduce.cuh"
 
 // Without their sign, bits of floating-point numbers are in the order of the numbers, NaN above all.
 __device__ unsigned size_bits(float x) { return __float_as_uint(x) & 0x7fffffff; }
@@ -14,17 +14,6 @@ template <typename T> struct Bits { typedef unsigned type; };
 template <> struct Bits<double> { typedef unsigned long long type; };
 __device__ float of_bits(unsigned bits) { return __uint_as_float(bits); }
 __device__ double of_bits(unsigned long long bits) { return __longlong_as_double(bits); }
-
-template <typename U> __device__ U block_most(U value, U* cells) {
-    __syncthreads();
-    cells[threadIdx.x] = value;
-    for (int half = blockDim.x / 2; half > 0; half /= 2) {
-        __syncthreads();
-        if (threadIdx.x < half) cells[threadIdx.x] = max(cells[threadIdx.x], cells[threadIdx.x + half]);
-    }
-    __syncthreads();
-    return cells[0];
-}
 
 // The largest |x| of a block's part of a head. x (maps, length, width) by strides.
 template <typename T, int N> __device__ typename Bits<T>::type part_most(
@@ -40,15 +29,15 @@ template <typename T, int N> __device__ typename Bits<T>::type part_most(
 #pragma unroll
         for (int n = 0; n < N; ++n) most = max(most, size_bits(A(pack.at[n])));
     }
-    return block_most(most, cells);
+    return of_block(most, cells, Larger());
 }
 
 // The largest |x| of each head as bits, in `most` (maps), which was zero.
 // First step of op quantize of the reference where heads are long. Blocks of a head in a line.
 template <typename T, bool VECTOR>
 __global__ void kernel_most(
-    const T* x, typename Bits<T>::type* most, Index heads, Index length, Index width, Index batch_stride, Index head_stride,
-    Index row_stride, Index parts, Index span
+    const T* x, typename Bits<T>::type* most, Index heads, Index length, Index width, Index batch_stride,
+    Index head_stride, Index row_stride, Index parts, Index span
 ) {
     Index map = blockIdx.x / parts, part = blockIdx.x % parts;
     x += map / heads * batch_stride + map % heads * head_stride;
@@ -56,14 +45,14 @@ __global__ void kernel_most(
     if (threadIdx.x == 0) atomicMax(most + map, found);
 }
 
-// round(x / sigma) with sigma = max |x| / 127, each rounded as the reference does. A head that is too small to divide by
-// has sigma 1; one that is not finite the codes 0.
+// round(x / sigma) with sigma = max |x| / 127, each rounded as the reference does. A head that is too small to divide
+// by has sigma 1; one that is not finite the codes 0.
 // x (B, heads, length, width) by strides -> codes, contiguous, sigmas (B, heads). Op quantize of the reference. Where a
 // head is one block's, that finds the maximum too.
 template <typename T, bool VECTOR>
 __global__ void kernel_codes(
-    const T* x, const typename Bits<T>::type* most, signed char* codes, T* sigmas, Index heads, Index length, Index width,
-    Index batch_stride, Index head_stride, Index row_stride, Index parts, Index span, double tiny
+    const T* x, const typename Bits<T>::type* most, signed char* codes, T* sigmas, Index heads, Index length,
+    Index width, Index batch_stride, Index head_stride, Index row_stride, Index parts, Index span, double tiny
 ) {
     typedef typename Wide<T>::type A;
     const int N = VECTOR ? 16 / sizeof(T) : 1;

@@ -1,5 +1,6 @@
 // SVD-softmax's part between two products: the N largest of V previews, their full views, and a softmax of long rows.
-// Shim et al., "SVD-Softmax", NIPS 2017: I = the N largest previews; z_i += R[i, W:] . g[W:] for i in I; softmax of all.
+// Shim et al., "SVD-Softmax", NIPS 2017: I = the N largest previews; z_i += R[i, W:] . g[W:] for i in I;
+// softmax of all.
 //
 // A row of 800,000 numbers occupies the whole device only if many blocks share it: a row is cut into `blocks` parts of
 // `span` numbers, block `part` of the row has the numbers from part * span on. What blocks know of each other goes
@@ -10,8 +11,8 @@
 //           (50 MB on an H100: 15 rows of 800,000 float32); 8 KiB of shared memory per block
 // refine:   n K sizeof(T) per row: a warp reads the rows of four candidates at once, 16 bytes per lane
 // softmax:  2 V sizeof(T) read and V sizeof(T) written per row
+#include "online_softmax.cuh"
 #include "packs.cuh"
-#include "prelude.cuh"
 #include "reduce.cuh"
 
 // --- top ------------------------------------------------------------------------------------------------------------
@@ -47,7 +48,7 @@ template <typename T> __device__ int digit_bits(Index digit) {
 __device__ int sum_before(int value, int* cells) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, sum = value;
     for (int by = 1; by < 32; by *= 2) {
-        int other = __shfl_up_sync(WARP, sum, by);
+        int other = __shfl_up_sync(ALL_LANES, sum, by);
         if (lane >= by) sum += other;
     }
     if (lane == 31) cells[warp] = sum;
@@ -153,7 +154,7 @@ __global__ void kernel_place(
         bool inside = i + lane < last;
         auto key = inside ? key_of(z[row * stride + i + lane]) : 0;
         bool above = inside && key > known.digits, tied = inside && key == known.digits;
-        unsigned all_above = __ballot_sync(WARP, above), all_tied = __ballot_sync(WARP, tied);
+        unsigned all_above = __ballot_sync(ALL_LANES, above), all_tied = __ballot_sync(ALL_LANES, tied);
         Index ties = equal + __popc(all_tied & before), taken = ties < known.rank ? ties : known.rank;
         if (above || (tied && ties < known.rank)) ids[row * n + larger + __popc(all_above & before) + taken] = i + lane;
         larger += __popc(all_above), equal += __popc(all_tied);
@@ -217,29 +218,31 @@ __global__ void kernel_part_sums(const T* z, A* stats, Index width, Index stride
     A maximum = minus_infinity<A>(), sum = 0;
 #pragma unroll 4
     for (Index i = part * span + threadIdx.x; i < stop; i += blockDim.x) maximum = larger(maximum, A(from[i]));
-    maximum = block_max(maximum, cells);
-    A shift = maximum == minus_infinity<A>() ? A(0) : maximum;
+    maximum = of_block(maximum, cells, Larger());
+    A shift = subtracted(maximum);
 #pragma unroll 4
     for (Index i = part * span + threadIdx.x; i < stop; i += blockDim.x) sum += exp(A(from[i]) - shift);
-    sum = block_sum(sum, cells);
+    sum = of_block(sum, cells, Sum());
     if (threadIdx.x == 0) stats[2 * blockIdx.x] = maximum, stats[2 * blockIdx.x + 1] = sum;
 }
 
 // exp(number - maximum) / sum by the parts' maxima and sums; zeros in a row of -inf.
 // z (rows, width), rows `stride` apart, stats (rows, blocks, 2) -> out (rows, width). Last step of op softmax.
 template <typename T, typename A>
-__global__ void kernel_long_softmax(const T* z, const A* stats, T* out, Index width, Index stride, Index blocks, Index span) {
+__global__ void kernel_long_softmax(
+    const T* z, const A* stats, T* out, Index width, Index stride, Index blocks, Index span
+) {
     __shared__ A cells[256];
     Index row = blockIdx.x / blocks, part = blockIdx.x % blocks;
     const A* of_row = stats + row * blocks * 2;
     A maximum = minus_infinity<A>(), sum = 0;
     for (Index other = threadIdx.x; other < blocks; other += blockDim.x) maximum = larger(maximum, of_row[2 * other]);
-    maximum = block_max(maximum, cells);
-    A shift = maximum == minus_infinity<A>() ? A(0) : maximum;
+    maximum = of_block(maximum, cells, Larger());
+    A shift = subtracted(maximum);
     for (Index other = threadIdx.x; other < blocks; other += blockDim.x) {
         sum += of_row[2 * other + 1] * exp(of_row[2 * other] - shift);
     }
-    sum = block_sum(sum, cells);
+    sum = of_block(sum, cells, Sum());
     Index stop = (part + 1) * span < width ? (part + 1) * span : width;
 #pragma unroll 4
     for (Index i = part * span + threadIdx.x; i < stop; i += blockDim.x) {

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from refimpl.engines.cuda import shapes
-from refimpl.engines.cuda.launch import Launcher, Source, dtype_of
+from refimpl.engines.cuda.launch import Launcher, Source, dtype_of, flag
 from refimpl.engines.cuda.rows import pack_of
-from refimpl.engines.cuda.shapes import WIDE, Launch, element_strides, row_stride
+from refimpl.engines.cuda.shapes import BLOCKS, WIDE, Launch, element_strides, row_stride
 from refimpl.engines.protocol import Array
 from refimpl.errors import ShapeError
 
@@ -22,7 +22,6 @@ SELECTION = Source(
 DIGIT, BINS = 11, 2**11  # bits of a digit that `top` selects by, and its values: selection.cu
 FOUND_BYTES = 16  # what a launch knows of a row
 TOGETHER = 4  # candidates of a warp of `refine`
-BLOCKS = 528  # that a few long rows are cut into: 4 for each of the 132 multiprocessors of an H100
 LEAST_SPAN = 4096  # numbers of a block: fewer do not pay for its 2,048 counters
 LONG_ROW = 16_384  # numbers from which several blocks share the softmax of a row
 
@@ -70,10 +69,9 @@ class Selection(Launcher):
         ids = self.xp.ascontiguousarray(ids)
         weight_stride = element_strides(weight)[0]
         packed = pack_of(depth, ((weight, weight_stride), (g, g_stride))) > 1
-        kernel = "refine<T, A, true>" if packed else "refine<T, A, false>"
         blocks, launch = warps_over(rows, -(-n // TOGETHER))
         sizes = width, n, depth, z_stride, weight_stride, g_stride, int(replace), blocks
-        self._launch(SELECTION, kernel, z, launch, z, ids, weight, g, *sizes)
+        self._launch(SELECTION, f"refine<T, A, {flag(packed)}>", z, launch, z, ids, weight, g, *sizes)
         return z
 
 

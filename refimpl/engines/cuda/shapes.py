@@ -15,6 +15,7 @@ SCRATCH_BYTES = 64 << 20  # what a fused op holds of the map, about the second-l
 BLOCK_ROWS = 128  # query rows that a block of the fused op has if they fit: enough to keep cuBLAS efficient
 WARP = 32  # threads
 PACK_BYTES = 16  # the most that a thread reads with one instruction
+BLOCKS = 528  # that long rows are shared by: 4 for each of the 132 multiprocessors of an H100
 CAUSAL_ROWS = 256  # query rows per product of a materialised causal map: hidden keys beyond a block are skipped
 
 C_TYPES = {"float16": "__half", "float32": "float", "float64": "double"}
@@ -61,9 +62,14 @@ def element_strides(x: Array) -> Strides:
     return tuple(stride // x.dtype.itemsize for stride in x.strides)
 
 
-def batch_strides(x: Array, batch: tuple[int, ...]) -> Strides:
-    """Strides of the batch axes; 0 where x has length 1 and is repeated."""
-    return tuple(0 if n == 1 else s for n, s in zip(x.shape[: len(batch)], element_strides(x), strict=False))
+def batch_strides(x: Array, axes: int) -> Strides:
+    """Strides of the first `axes` axes; 0 where x has length 1 and is repeated."""
+    return tuple(0 if n == 1 else s for n, s in zip(x.shape[:axes], element_strides(x)[:axes], strict=True))
+
+
+def head_strides(*arrays: Array) -> Strides:
+    """Of each array (B or 1, H, T, D) the strides of batch (0 where it is 1), head and row."""
+    return tuple(stride for x in arrays for stride in (*batch_strides(x, 1), *element_strides(x)[1:3]))
 
 
 def row_stride(shape: tuple[int, ...], strides: Strides) -> int | None:

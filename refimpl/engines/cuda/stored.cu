@@ -4,7 +4,7 @@
 //           bytes: N w sizeof(T); FLOPs: 3 B N w. Two launches, the second of one block per query.
 // move:     records are copied 16 bytes per lane, four of them on their way at once; bytes: each read and written once.
 #include "packs.cuh"
-#include "prelude.cuh"
+#include "reduce.cuh"
 
 // --- nearest --------------------------------------------------------------------------------------------------------
 
@@ -16,19 +16,9 @@ template <typename A> __device__ bool before(const Nearest<A>& a, const Nearest<
     return a.squared < b.squared || a.squared != a.squared;
 }
 
-// The first of the threads of a block, in thread 0; cells holds blockDim.x of them, a power of two.
-template <typename A> __device__ Nearest<A> block_first(Nearest<A> mine, Nearest<A>* cells) {
-    __syncthreads();
-    cells[threadIdx.x] = mine;
-    for (int half = blockDim.x / 2; half > 0; half /= 2) {
-        __syncthreads();
-        if (threadIdx.x < half && before(cells[threadIdx.x + half], cells[threadIdx.x])) {
-            cells[threadIdx.x] = cells[threadIdx.x + half];
-        }
-    }
-    __syncthreads();
-    return cells[0];
-}
+struct First {
+    template <typename N> __device__ N operator()(const N& a, const N& b) const { return before(b, a) ? b : a; }
+};
 
 // The nearest of each block's points, sum((point - x)^2) and its row.
 // x (B, width), points (count, width), rows their strides apart -> found (B, blocks). First step of op nearest of the
@@ -55,7 +45,7 @@ __global__ void kernel_distances(
             Nearest<A> here = {warp_sum(sum), row};
             if (before(here, best)) best = here;
         }
-        best = block_first(best, cells);
+        best = of_block(best, cells, First());
         if (threadIdx.x == 0) found[b * blocks + blockIdx.x] = best;
     }
 }
@@ -69,7 +59,7 @@ __global__ void kernel_nearest(const Nearest<A>* found, T* distances, Index* row
     for (Index other = threadIdx.x; other < blocks; other += blockDim.x) {
         if (before(found[blockIdx.x * blocks + other], best)) best = found[blockIdx.x * blocks + other];
     }
-    best = block_first(best, cells);
+    best = of_block(best, cells, First());
     if (threadIdx.x == 0) distances[blockIdx.x] = T(sqrt(best.squared)), rows[blockIdx.x] = best.row;
 }
 
@@ -77,15 +67,13 @@ __global__ void kernel_nearest(const Nearest<A>* found, T* distances, Index* row
 
 const int COPIES = 4;  // of a thread
 
-// to[pairs[2 i]] = from[pairs[2 i + 1]], records of `size` numbers, `to_stride` and `from_stride` apart.
+// to[pairs[2 i]] = from[pairs[2 i + 1]], records of `size` numbers behind each other.
 // Ops take_rows, scatter and fetch of the reference. `blocks` blocks per record.
 template <typename T, bool VECTOR>
-__global__ void kernel_move(
-    const T* from, T* to, const Index* pairs, Index size, Index from_stride, Index to_stride, Index blocks
-) {
+__global__ void kernel_move(const T* from, T* to, const Index* pairs, Index size, Index blocks) {
     const int N = VECTOR ? 16 / sizeof(T) : 1;
     Index pair = blockIdx.x / blocks, part = blockIdx.x % blocks;
-    from += pairs[2 * pair + 1] * from_stride, to += pairs[2 * pair] * to_stride;
+    from += pairs[2 * pair + 1] * size, to += pairs[2 * pair] * size;
     Index first = (part * blockDim.x * COPIES + threadIdx.x) * N, step = (Index) blockDim.x * N;
     Pack<T, N> pack[COPIES];
 #pragma unroll

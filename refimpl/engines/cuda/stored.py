@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 
 from refimpl.engines.cuda import shapes
-from refimpl.engines.cuda.launch import Launcher, Source
+from refimpl.engines.cuda.launch import Launcher, Source, flag
 from refimpl.engines.cuda.rows import pack_of
-from refimpl.engines.cuda.selection import BLOCKS
-from refimpl.engines.cuda.shapes import Launch, block_per_row
+from refimpl.engines.cuda.shapes import BLOCKS, Launch, block_per_row
 from refimpl.engines.protocol import Array
 from refimpl.errors import ShapeError
 from refimpl.memo.mapping import check_rows
@@ -126,14 +125,11 @@ class StoredMaps(Launcher):
         places = self.asarray(np.array(pairs, np.int64))  # (n, 2)
         vector = pack_of(size, ((source, size), (target, size))) > 1
         blocks, launch = blocks_of_record(len(pairs), size // (16 // target.dtype.itemsize) if vector else size)
-        kernel = "move<T, true>" if vector else "move<T, false>"
-        self._launch(STORED, kernel, target, launch, source, target, places, size, size, size, blocks)
+        self._launch(STORED, f"move<T, {flag(vector)}>", target, launch, source, target, places, size, blocks)
         return target
 
     def _send(self, records: Array, pairs: Sequence[tuple[int, int]], out: Array) -> None:
         """Copy record j on the host to row i of out for pairs (i, j), ascending in i; returns before it is done."""
-        if not pairs or not out.size:
-            return
         shape = (len(pairs), *out.shape[1:])
         size = math.prod(shape) * out.dtype.itemsize
         memory = self._pinned(size)

@@ -8,12 +8,9 @@
 //   B (16, 8), f16 by two    b[0] = B[2t, 2t + 1][g]                       b[1] = B[2t + 8, 2t + 9][g]
 //   A (16, 32), s8 by four   a[0], a[1] = A[g, g + 8][4t .. 4t + 3]        a[2], a[3] = A[g, g + 8][4t + 16 .. 4t + 19]
 //   B (32, 8), s8 by four    b[0] = B[4t .. 4t + 3][g]                     b[1] = B[4t + 16 .. 4t + 19][g]
-//   A (16, 8), tf32          a[0], a[1] = A[g, g + 8][t]                   a[2], a[3] = A[g, g + 8][t + 4]
-//   B (8, 8), tf32           b[0] = B[t][g]                                b[1] = B[t + 4][g]
 //
 // ldmatrix reads matrices of 8 rows of 16 bytes: lane 8 m + i gives the address of row i of matrix m, a multiple of 16
-// in shared memory, and gets r[m] = M_m[g][2t, 2t + 1] (16 bits each); transposed r[m] = M_m[2t, 2t + 1][g]. x2 reads
-// the addresses of the lanes 0 to 15.
+// in shared memory, and gets r[m] = M_m[g][2t, 2t + 1] (16 bits each); transposed r[m] = M_m[2t, 2t + 1][g].
 //
 // DYNAMIC_SHARED(type, name) declares `type* name`, the shared memory whose bytes the launch gives (shared_mem);
 // aligned to 16 bytes; write it once in a kernel and cut the parts from it.
@@ -35,20 +32,6 @@ __device__ __forceinline__ void mma_m16n8k16_f16(float (&d)[4], const unsigned (
 #if __CUDA_ARCH__ >= 800
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1])
-    );
-#else
-    __trap();
-#endif
-}
-
-// D (16, 8) += A (16, 8) B (8, 8): f32 of which 10 bits of the fraction are read, summed in f32.
-__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-#if __CUDA_ARCH__ >= 800
-    asm volatile(
-        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1])
@@ -86,20 +69,6 @@ __device__ __forceinline__ void ldmatrix_x4_trans(unsigned (&r)[4], const void* 
                  : "memory");
 }
 
-__device__ __forceinline__ void ldmatrix_x2(unsigned (&r)[2], const void* shared_row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1])
-                 : "r"(shared_address(shared_row))
-                 : "memory");
-}
-
-__device__ __forceinline__ void ldmatrix_x2_trans(unsigned (&r)[2], const void* shared_row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1])
-                 : "r"(shared_address(shared_row))
-                 : "memory");
-}
-
 // Copy 16 bytes, both addresses multiples of 16; of the global ones `bytes` are read and the rest is zero.
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global, int bytes = 16) {
 #if __CUDA_ARCH__ >= 800
@@ -127,4 +96,11 @@ template <int N> __device__ __forceinline__ void copy_async_wait() {
 }
 
 #endif
+
+// Two numbers of f16 as a register of a fragment.
+__device__ unsigned two_halves(float low, float high) {
+    __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<unsigned*>(&pair);
+}
+
 #endif

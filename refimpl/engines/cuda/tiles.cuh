@@ -1,19 +1,11 @@
-// Packs and tiles: how a thread of a memory-bound kernel moves 16 bytes at once.
+// Tiles of packs: how a thread of a memory-bound kernel moves 16 bytes at once.
 //
 // A pack is V neighbours of a row: the 16 bytes that one instruction moves where addresses, strides and widths are
 // multiples of that (tiles.py decides), else V = 1. A tile is what one thread of an elementwise kernel has: one pack
 // of columns in up to ROWS rows, `step` apart. All its reads are under way before the first value is needed.
 #pragma once
+#include "packs.cuh"
 #include "prelude.cuh"
-
-template <typename T, int V> struct alignas(V * sizeof(T)) Pack { T v[V]; };
-
-template <int V, typename T> __device__ Pack<T, V> load(const T* from) {
-    return *reinterpret_cast<const Pack<T, V>*>(from);
-}
-template <int V, typename T> __device__ void store(T* to, const Pack<T, V>& pack) {
-    *reinterpret_cast<Pack<T, V>*>(to) = pack;
-}
 
 const int ROWS = 4;  // ROWS_EACH of tiles.py
 
@@ -45,7 +37,7 @@ template <typename T, int V> struct Tile {
             if (at(i) >= rows) return;
             Pack<T, V> pack;
 #pragma unroll
-            for (int j = 0; j < V; ++j) pack.v[j] = T(value(i, j));
+            for (int j = 0; j < V; ++j) pack.at[j] = T(value(i, j));
             store(out + at(i) * stride + column, pack);
         }
     }
