@@ -5,8 +5,8 @@ its step out. Rows are given as a flat array and a stride in elements, so that o
 contiguous arrays and column slices alike. The parts into which rows are cut depend on sizes alone, never on
 the number of threads.
 
-A loop that adds numbers up writes none: where arrays lie close together, LLVM runs a loop that does both number by
-number instead of vector by vector, and the sum would depend on addresses.
+A loop over a short row that adds numbers up writes none: where arrays lie close together, some hundred bytes, LLVM runs
+a loop that does both number by number instead of vector by vector, and the sum would depend on addresses.
 """
 
 from __future__ import annotations

@@ -11,6 +11,25 @@ from .parallel import KERNEL, STEP, share
 from .polynomials import accumulate, exp, full_width, maximum, span
 
 RANGE = 2**13  # logits of a long row that are worked on at a time, in the nearest cache
+APART = 2**10  # numbers of rows so long that LLVM never doubts that they lie apart, see `parallel`
+
+
+@njit(**STEP)
+def _exponentiate(x, shift, out):
+    """Set ``out = exp(x - shift)``, rows (n,) of different arrays; return its sum."""
+    full_width()
+    total = x.dtype.type(0)
+    if x.size < APART:
+        for j in range(x.size):
+            out[j] = exp(x[j] - shift)
+        for j in range(x.size):
+            total = accumulate(total, out[j])
+    else:
+        for j in range(x.size):
+            e = exp(x[j] - shift)
+            out[j] = e
+            total = accumulate(total, e)
+    return total
 
 
 @njit(**STEP)
@@ -23,12 +42,7 @@ def _softmax_row(x, out):
     if largest == -np.inf:
         out[:] = 0
         return
-    for j in range(x.size):
-        out[j] = exp(x[j] - largest)
-    total = x.dtype.type(0)
-    for j in range(x.size):
-        total = accumulate(total, out[j])
-    scale = x.dtype.type(1) / total
+    scale = x.dtype.type(1) / _exponentiate(x, largest, out)
     for j in range(x.size):
         out[j] *= scale
 
@@ -69,12 +83,8 @@ def _exponentiate_ranges(x, x_stride, out, maxima, totals, k_len, ranges, first,
         largest = x.dtype.type(-np.inf)
         for j in range(part.size):
             largest = maximum(largest, part[j])
-        shift, total = x.dtype.type(0) if largest == -np.inf else largest, x.dtype.type(0)
-        for j in range(part.size):
-            y[j] = exp(part[j] - shift)
-        for j in range(part.size):
-            total = accumulate(total, y[j])
-        maxima[item], totals[item] = largest, total
+        shift = x.dtype.type(0) if largest == -np.inf else largest
+        maxima[item], totals[item] = largest, _exponentiate(part, shift, y)
 
 
 @njit(**STEP)
