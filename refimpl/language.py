@@ -148,16 +148,17 @@ def generate(
     ready = runner.prepare(method, params, ids) if isinstance(method, str) else method
     cache = runner.new_cache(ids.shape[1] + count - 1, ready, batch=len(ids))
     found = np.empty((len(ids), count), np.int64)
-    logits = runner(ids, ready, record=False, cache=cache).output  # (B, T, V), then (B, 1, V)
-    step = _steps(runner, ready, cache)
-    for at in range(count):
-        new = found[:, at : at + 1] = np.argmax(logits[:, -1:, :], axis=-1)
-        if at + 1 < count:
-            logits = step(new).output
+    logits = runner(ids, ready, record=False, cache=cache).output  # (B, T, V)
+    found[:, 0] = np.argmax(logits[:, -1, :], axis=-1)
+    if count > 1:
+        step = _step(runner, ready, cache)
+    for at in range(1, count):
+        logits = step(found[:, at - 1 : at]).output  # (B, 1, V)
+        found[:, at] = np.argmax(logits[:, -1, :], axis=-1)
     return found
 
 
-def _steps(runner: Runner, ready: Prepared, cache: Cache) -> Callable[[Array], Run]:
+def _step(runner: Runner, ready: Prepared, cache: Cache) -> Callable[[Array], Run]:
     """What takes ids (B, 1) one step on: recorded where engine and method allow it."""
     try:
         return runner.recorded_step(ready, cache)

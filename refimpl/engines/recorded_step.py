@@ -33,8 +33,6 @@ class StepRecorder:
         Whose row number `position` is that of the step, as those of rotary positions.
     """
 
-    name = "numba"
-
     def __init__(self, position: int, tables: Sequence[Array] = ()) -> None:
         self._position, self._tables = position, tables
         self._rows: list[dict[str, Any]] = []

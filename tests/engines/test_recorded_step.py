@@ -173,8 +173,10 @@ def test_a_continuation_is_made_of_recorded_steps(monkeypatch: pytest.MonkeyPatc
         Runner, "__call__", lambda self, ids, *a, **k: passes.append(ids) or ordinary(self, ids, *a, **k)
     )
     ids, model = np.arange(6).reshape(2, 3), load_model(LLAMA, dtype="float64")
-    found = generate(Runner(model, "numba"), ids, 9)
+    runner = Runner(model, "numba")
+    found = generate(runner, ids, 9)
     assert len(passes) == 1
+    np.testing.assert_array_equal(found[:, :1], generate(runner, ids, 1))
     np.testing.assert_array_equal(found, generate(Runner(model, "numpy"), ids, 9))
 
 
