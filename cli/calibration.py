@@ -32,7 +32,7 @@ from refimpl.recorder import Call
 from refimpl.weights import load_model
 
 from .context import available_bytes, cpu_name
-from .gpu import held_by_others
+from .gpu import too_little
 
 Say = Callable[[str, float], None]  # a message and the fraction done
 Key = tuple[str, tuple[tuple[str, int], ...]]  # op and sizes
@@ -244,10 +244,8 @@ def fitting(dtype: str, available_bytes: int) -> tuple[Cell, ...]:
             held += own
             found.append(cell)
         elif cell in CELLS:
-            raise UnsupportedError(
-                f"calibrating needs at least {(held + own + WORKING * cost.peak_bytes) / 2**30:.2f} GiB of the GPU's "
-                f"memory and {available_bytes / 2**30:.2f} GiB are available{held_by_others('gpu')}"
-            )
+            needed = held + own + WORKING * cost.peak_bytes
+            raise UnsupportedError(f"calibrating needs at least {too_little(needed, available_bytes, 'gpu')}")
     return tuple(found)
 
 

@@ -222,8 +222,7 @@ def _check_memory(plan: Plan, sequences: int) -> None:
     if needed > available:
         raise UnsupportedError(
             f"{largest.method} at T={length} and the exact outputs of {sequences} sequences need "
-            f"{needed / 2**30:.2f} GiB of memory and {available / 2**30:.2f} GiB are available"
-            f"{gpu.held_by_others(request.device)}: lower --seq, --windows or --layers"
+            f"{gpu.too_little(needed, available, request.device)}: lower --seq, --windows or --layers"
         )
 
 

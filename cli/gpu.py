@@ -48,6 +48,12 @@ def shortage(error: BaseException) -> str:
     return f"the memory of the GPU ran out{held_by_others('gpu')}" if of_cupy(error) else "memory ran out"
 
 
+def too_little(needed_bytes: float, available_bytes: float, device: str) -> str:
+    """How much is needed and how much there is, and who holds the rest."""
+    needed, available = needed_bytes / 2**30, available_bytes / 2**30
+    return f"{needed:.2f} GiB of memory and {available:.2f} GiB are available{held_by_others(device)}"
+
+
 def limit_memory(given: str) -> None:
     """Let CuPy allocate no more than this: bytes, ``8GiB``, or a part of the GPU's memory as ``40%``.
 

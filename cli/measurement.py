@@ -248,10 +248,7 @@ def _what_fits(request: Request, timing: Timing, progress: Progress) -> tuple[st
         if needed <= available:
             fitting.append(name)
             continue
-        shortage = (
-            f"{name} needs {needed / 2**30:.2f} GiB of memory and {available / 2**30:.2f} GiB are available"
-            f"{gpu.held_by_others(request.device)}"
-        )
+        shortage = f"{name} needs {gpu.too_little(needed, available, request.device)}"
         if name in request.methods:
             raise UnsupportedError(f"{shortage}: lower --seq, --batch or --layers, or take --method flash")
         progress.note(f"{shortage}: no ratio to it")
