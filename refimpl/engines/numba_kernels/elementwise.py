@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 
 from .parallel import KERNEL, STEP, share
-from .polynomials import full_width, gelu, sigmoid, span
+from .polynomials import full_width, gelu, multiply_add, sigmoid, span
 
 GELU, GELU_TANH, SILU, RELU = range(4)  # the `kind` of `kernel_activation`
 
@@ -109,8 +109,8 @@ def _rotate_halves(x, cos, sin, out):
     half = np.uintp(cos.size)
     for j in range(half):
         a, b = x[j], x[j + half]
-        out[j] = a * cos[j] - b * sin[j]
-        out[j + half] = a * sin[j] + b * cos[j]
+        out[j] = multiply_add(a, cos[j], -(b * sin[j]))
+        out[j + half] = multiply_add(a, sin[j], b * cos[j])
 
 
 @njit(**STEP)
@@ -120,8 +120,8 @@ def _rotate_neighbours(x, cos, sin, out):
     one, two = np.uintp(1), np.uintp(2)
     for j in range(np.uintp(cos.size)):
         a, b = x[two * j], x[two * j + one]
-        out[two * j] = a * cos[j] - b * sin[j]
-        out[two * j + one] = a * sin[j] + b * cos[j]
+        out[two * j] = multiply_add(a, cos[j], -(b * sin[j]))
+        out[two * j + one] = multiply_add(a, sin[j], b * cos[j])
 
 
 @njit(**STEP)

@@ -23,7 +23,8 @@ import numpy as np
 from numba import njit, types
 
 from .parallel import STEP, any_strides, read, share, write
-from .polynomials import accumulate, exp, full_width, maximum, span
+from .polynomials import exp, full_width, maximum, span
+from .sums import sum_of
 from .vector import add_rows, dot_rows, offset, pointer
 
 UNIT = 8  # rows of a weight matrix that are shared out together
@@ -162,16 +163,14 @@ def weigh(scores, largest, total):
     Returns both anew, and the factor by which all that was summed before must be multiplied.
     """
     full_width()
-    before, added = largest, scores.dtype.type(0)
+    before = largest
     for j in range(scores.size):
         largest = maximum(largest, scores[j])
     shift = scores.dtype.type(0) if largest == -np.inf else largest
     for j in range(scores.size):
-        weight = exp(scores[j] - shift)
-        scores[j] = weight
-        added = accumulate(added, weight)
+        scores[j] = exp(scores[j] - shift)
     factor = exp(before - shift)
-    return largest, total * factor + added, factor
+    return largest, total * factor + sum_of(scores), factor
 
 
 @njit(**STEP)
@@ -203,11 +202,11 @@ def attend_items(q, k, v, hides, causal, mask, sums, maxima, totals, first, last
 def factors_of(maxima, totals):
     """Turn the maxima m_r (rows, ranges) into factors ``exp(m_r - m) / l``, in place; 0 in a row that sees no key."""
     for row in range(len(maxima)):
-        largest, total = np.max(maxima[row]), maxima.dtype.type(0)
+        largest = np.max(maxima[row])
         for r in range(maxima.shape[1]):
             maxima[row, r] = 0 if largest == -np.inf else exp(maxima[row, r] - largest)
-        for r in range(maxima.shape[1]):
-            total += maxima[row, r] * totals[row, r]
+            totals[row, r] *= maxima[row, r]
+        total = sum_of(totals[row])
         for r in range(maxima.shape[1]):
             maxima[row, r] /= 1 if largest == -np.inf else total
 

@@ -9,7 +9,7 @@ is a row for each of the B sequences, which have one new position each. How many
 table, so that one table serves all steps of a text.
 
 An instruction is the address of a C function, ``void (row, like, position, part, parts)``, and what that reads in its
-row of the table; `like` is a pointer whose type is that of all numbers.
+row of the table; `like` is a pointer that tells by its type what all numbers are, and is never followed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .vector import fetch_add, finish, finished, give_way, invoke, offset, point
 INSTRUCTION = np.dtype(
     [
         ("function", np.int64),  # an address
-        ("kind", np.int64),  # which activation
+        ("kind", np.int64),  # which activation; whether neighbours are rotated
         ("parts", np.int64),  # 0: one for each range of the keys of each head
         *((name, np.int64) for name in ("x", "y", "z", "out")),  # addresses of arrays
         *((name, np.int64) for name in ("sums", "maxima", "totals")),  # of what ranges of keys contribute
@@ -234,10 +234,8 @@ def combine_sums(table, like, position, part, parts):
     """``out``: what all ranges added."""
     row = carray(table, 1)[0]
     maps, ranges = row.rows * row.heads, _ranges(row, position)
-    sums, out = (
-        _view(row.sums, (ranges * maps * row.width,), like),
-        _view(row.out, (row.rows, row.heads, 1, row.width), like),
-    )
+    sums = _view(row.sums, (ranges * maps * row.width,), like)
+    out = _view(row.out, (row.rows, row.heads, 1, row.width), like)
     combine(sums, np.ones((maps, ranges), out.dtype), out, row.heads // row.key_heads)
 
 
@@ -259,10 +257,8 @@ def combine_attended(table, like, position, part, parts):
     """``out``: what all ranges contributed."""
     row = carray(table, 1)[0]
     maps, ranges = row.rows * row.heads, _ranges(row, position)
-    sums, out = (
-        _view(row.sums, (ranges * maps * row.width,), like),
-        _view(row.out, (row.rows, row.heads, 1, row.width), like),
-    )
+    sums = _view(row.sums, (ranges * maps * row.width,), like)
+    out = _view(row.out, (row.rows, row.heads, 1, row.width), like)
     maxima, totals = _view(row.maxima, (maps, ranges), like), _view(row.totals, (maps, ranges), like)
     factors_of(maxima, totals)
     combine(sums, maxima, out, row.heads // row.key_heads)
@@ -286,10 +282,10 @@ def _walk(table, like, position, taken, done, threads, thread, _):
                 invoke(row.function, (address, like, position, part, parts))
                 finish(ended)
                 part = first + fetch_add(counter)
-        spins = 0
+        looks = 0
         while finished(ended) < parts:
-            spins += 1
-            if spins % PATIENCE:
+            looks += 1
+            if looks % PATIENCE:
                 relax()
             else:
                 give_way()

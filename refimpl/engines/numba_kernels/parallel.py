@@ -4,9 +4,6 @@ A *step* does the work for rows `first` to `last`; a *kernel* is what the engine
 its step out. Rows are given as a flat array and a stride in elements, so that one compiled kernel serves
 contiguous arrays and column slices alike. The parts into which rows are cut depend on sizes alone, never on
 the number of threads.
-
-A loop over a short row that adds numbers up writes none: where arrays lie close together, some hundred bytes, LLVM runs
-a loop that does both number by number instead of vector by vector, and the sum would depend on addresses.
 """
 
 from __future__ import annotations

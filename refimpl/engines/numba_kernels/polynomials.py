@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.core.typing import signature
 from numba.extending import lower_builtin, type_callable
 from numba.np.arrayobj import populate_array
@@ -81,11 +82,13 @@ def maximum(a: Any, b: Any) -> Any:
     return np.maximum(a, b)
 
 
-def accumulate(total: Any, x: Any) -> Any:
-    """``total + x`` in a loop whose sums may be taken in any order, so that LLVM vectorises it.
+def multiply_add(a: Any, b: Any, c: Any) -> Any:
+    """``a b + c``, in one rounding where the target can. For sums of two products: else LLVM chooses which is fused."""
+    return a * b + c
 
-    The function around it is never inlined: the order would differ with the vectors of the function it ends up in.
-    """
+
+def accumulate(total: Any, x: Any) -> Any:
+    """``total + x`` in a loop whose sums LLVM may take in any order, so that it vectorises it; compare `sums`."""
     return total + x
 
 
@@ -98,7 +101,10 @@ def span(array: Array, start: Any, length: Any) -> Array:
 
 
 def full_width() -> None:
-    """Let LLVM use the widest registers in the function that calls this; else it uses half of AVX-512's."""
+    """Let LLVM use the widest registers in the function that calls this; else it uses half of AVX-512's.
+
+    The function is not inlined, since it would lose that within another.
+    """
 
 
 # --- their lowerings ----------------------------------------------------------------------------------------
@@ -182,10 +188,13 @@ def _returns_its_kind(function: Callable[..., Any], arguments: int) -> None:
         def binary(a: Any, b: Any) -> Any:
             return a if isinstance(a, types.Float) and a == b else None
 
-        return unary if arguments == 1 else binary
+        def ternary(a: Any, b: Any, c: Any) -> Any:
+            return a if isinstance(a, types.Float) and a == b == c else None
+
+        return (unary, binary, ternary)[arguments - 1]
 
 
-for _function, _arguments in ((exp, 1), (sigmoid, 1), (gelu, 1), (maximum, 2), (accumulate, 2)):
+for _function, _arguments in ((exp, 1), (sigmoid, 1), (gelu, 1), (maximum, 2), (accumulate, 2), (multiply_add, 3)):
     _returns_its_kind(_function, _arguments)
 
 
@@ -219,9 +228,15 @@ def _lower_maximum(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> 
     return builder.call(function, args, fastmath=("nsz",))
 
 
+@lower_builtin(multiply_add, types.Float, types.Float, types.Float)
+def _lower_multiply_add(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+    kind = args[0].type
+    name = f"llvm.fmuladd.f{sig.return_type.bitwidth}"
+    return builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name), args)
+
+
 @lower_builtin(accumulate, types.Float, types.Float)
 def _lower_accumulate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-    builder.function.attributes.add("noinline")
     return builder.fadd(*args, flags=("reassoc", "contract"))
 
 
@@ -252,4 +267,5 @@ def _type_full_width(context: Any) -> Callable[[], Any]:
 def _lower_full_width(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
     # Other targets ignore the attribute. llvmlite's own add() knows few attributes, hence set.add.
     set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+    builder.function.attributes.add("noinline")
     return context.get_dummy_value()

@@ -9,31 +9,30 @@ from numba import njit
 
 from .parallel import KERNEL, STEP, share
 from .polynomials import accumulate, exp, full_width, maximum, span
+from .sums import sum_of, sum_of_squares
 
 RANGE = 2**13  # logits of a long row that are worked on at a time, in the nearest cache
-APART = 2**10  # numbers of rows so long that LLVM never doubts that they lie apart, see `parallel`
+ORDERED = 2**10  # numbers of a row up to which its sum is taken in an order of ours: beyond, that costs a fifth
 
 
 @njit(**STEP)
-def _exponentiate(x, shift, out):
-    """Set ``out = exp(x - shift)``, rows (n,) of different arrays; return its sum."""
+def _exponentiate(x, shift, out, ordered):
+    """Set ``out = exp(x - shift)``, rows (n,); return its sum, taken in the order of `sum_of` if `ordered`."""
     full_width()
     total = x.dtype.type(0)
-    if x.size < APART:
+    if ordered:
         for j in range(x.size):
             out[j] = exp(x[j] - shift)
-        for j in range(x.size):
-            total = accumulate(total, out[j])
-    else:
-        for j in range(x.size):
-            e = exp(x[j] - shift)
-            out[j] = e
-            total = accumulate(total, e)
+        return sum_of(out)
+    for j in range(x.size):
+        e = exp(x[j] - shift)
+        out[j] = e
+        total = accumulate(total, e)
     return total
 
 
 @njit(**STEP)
-def _softmax_row(x, out):
+def _softmax_row(x, out, ordered):
     """Softmax of one row of logits (n,), maximum subtracted; zeros if all of them are -inf."""
     full_width()
     largest = x.dtype.type(-np.inf)
@@ -42,7 +41,7 @@ def _softmax_row(x, out):
     if largest == -np.inf:
         out[:] = 0
         return
-    scale = x.dtype.type(1) / _exponentiate(x, largest, out)
+    scale = x.dtype.type(1) / _exponentiate(x, largest, out, ordered)
     for j in range(x.size):
         out[j] *= scale
 
@@ -59,7 +58,7 @@ def softmax_rows(x, x_stride, out, k_len, q_len, causal, rows, lanes, first, las
     for lane in range(first, last):
         for i in range(lane, rows, lanes):
             seen = _visible(i, q_len, k_len) if causal else k_len
-            _softmax_row(span(x, i * x_stride, seen), span(out, i * k_len, seen))
+            _softmax_row(span(x, i * x_stride, seen), span(out, i * k_len, seen), q_len == 1 or seen < ORDERED)
             span(out, i * k_len + seen, k_len - seen)[:] = 0
 
 
@@ -84,7 +83,7 @@ def _exponentiate_ranges(x, x_stride, out, maxima, totals, k_len, ranges, first,
         for j in range(part.size):
             largest = maximum(largest, part[j])
         shift = x.dtype.type(0) if largest == -np.inf else largest
-        maxima[item], totals[item] = largest, _exponentiate(part, shift, y)
+        maxima[item], totals[item] = largest, _exponentiate(part, shift, y, False)
 
 
 @njit(**STEP)
@@ -106,12 +105,11 @@ def kernel_softmax_of_long_rows(x, x_stride, out, k_len, rows, parts):
     share(_exponentiate_ranges, (x, x_stride, out, maxima, totals, k_len, ranges), rows * ranges, parts)
     for row in range(rows):
         own = slice(row * ranges, (row + 1) * ranges)
-        largest, total = np.max(maxima[own]), x.dtype.type(0)
+        largest = np.max(maxima[own])
         for item in range(row * ranges, (row + 1) * ranges):
             maxima[item] = 0 if largest == -np.inf else exp(maxima[item] - largest)
-        for item in range(row * ranges, (row + 1) * ranges):
-            total += maxima[item] * totals[item]
-        maxima[own] /= 1 if largest == -np.inf else total
+            totals[item] *= maxima[item]
+        maxima[own] /= 1 if largest == -np.inf else sum_of(totals[own])
     share(_scale_ranges, (out, maxima, k_len, ranges), rows * ranges, parts)
 
 
@@ -122,13 +120,8 @@ def layer_norm_rows(x, x_stride, weight, bias, eps, out, first, last):
     width = weight.size
     for i in range(first, last):
         row, y = span(x, i * x_stride, width), span(out, i * width, width)
-        total = x.dtype.type(0)
-        for j in range(width):
-            total = accumulate(total, row[j])
-        mean = x.dtype.type(total / width)
-        squares = x.dtype.type(0)
-        for j in range(width):
-            squares = accumulate(squares, (row[j] - mean) * (row[j] - mean))
+        mean = x.dtype.type(sum_of(row) / width)
+        squares = sum_of_squares(row, mean)
         scale = x.dtype.type(1.0 / math.sqrt(squares / width + eps))
         for j in range(width):
             y[j] = (row[j] - mean) * scale * weight[j] + bias[j]
@@ -147,9 +140,7 @@ def rms_norm_rows(x, x_stride, weight, eps, out, first, last):
     width = weight.size
     for i in range(first, last):
         row, y = span(x, i * x_stride, width), span(out, i * width, width)
-        squares = x.dtype.type(0)
-        for j in range(width):
-            squares = accumulate(squares, row[j] * row[j])
+        squares = sum_of_squares(row, x.dtype.type(0))
         scale = x.dtype.type(1.0 / math.sqrt(squares / width + eps))
         for j in range(width):
             y[j] = row[j] * scale * weight[j]
