@@ -83,7 +83,7 @@ def _exponentiate_ranges(x, x_stride, out, maxima, totals, k_len, ranges, first,
         for j in range(part.size):
             largest = maximum(largest, part[j])
         shift = x.dtype.type(0) if largest == -np.inf else largest
-        maxima[item], totals[item] = largest, _exponentiate(part, shift, y, False)
+        maxima[item], totals[item] = largest, _exponentiate(part, shift, y, True)
 
 
 @njit(**STEP)
