@@ -7,11 +7,10 @@ may lie in memory as (B, T, H, D).
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -31,11 +30,9 @@ from refimpl.engines.numba_kernels import (
 )
 from refimpl.engines.numba_kernels.attention import fused_attention, fused_relative_attention
 from refimpl.engines.numpy_engine import check_keys_mask
+from refimpl.engines.recorded_step import StepRecorder
 from refimpl.errors import ShapeError
 from refimpl.memo.mapping import check_rows, gather
-
-if TYPE_CHECKING:
-    from refimpl.engines.recorded_step import StepRecorder
 
 Array = Any
 NEAREST_BLOCK = 1024  # points compared with a query at a time
@@ -79,8 +76,6 @@ class NumbaEngine:
 
     def step_recorder(self, position: int, tables: Sequence[Array]) -> StepRecorder:
         """What writes a decoding step down instead of running it; its parameters are `StepRecorder`'s."""
-        from refimpl.engines.recorded_step import StepRecorder
-
         return StepRecorder(position, tables)
 
     def split_heads(self, x: Array, heads: int) -> Array:
@@ -121,8 +116,7 @@ class NumbaEngine:
             message = f"project: weight {weight.shape} has rows for {len(weight)} columns; widths are {widths}"
             raise ShapeError(message)
         y = self.linear(x, weight, bias)  # (..., sum of widths)
-        stops = itertools.accumulate(widths)
-        return tuple([y[..., stop - width : stop] for width, stop in zip(widths, stops, strict=True)])
+        return layout.columns(y, widths)
 
     def conv1d(self, x: Array, weight: Array, bias: Array, stride: int) -> Array:
         fits = x.ndim == weight.ndim == 3 and x.shape[2] == weight.shape[2] and bias.shape == weight.shape[:1]

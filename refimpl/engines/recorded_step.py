@@ -82,9 +82,7 @@ class StepRecorder:
         return out
 
     def project(self, x: Array, weight: Array, bias: Array | None, widths: tuple[int, ...]) -> tuple[Array, ...]:
-        y = self.linear(x, weight, bias)  # (B, 1, sum of widths)
-        stops = np.cumsum(widths)
-        return tuple(y[..., stop - width : stop] for width, stop in zip(widths, stops, strict=True))
+        return layout.columns(self.linear(x, weight, bias), widths)
 
     # --- norms, elementwise ---------------------------------------------------------------------------------
 

@@ -217,13 +217,26 @@ def softmax(table, like, position, part, parts):
     softmax_rows(x, keys, out, keys, 1, False, maps, maps, part, part + 1)
 
 
+@njit(**STEP)
+def _sums(row, ranges, like):
+    """View what ranges of keys contribute, (items * M * D,)."""
+    return _view(row.sums, (ranges * row.rows * row.heads * row.width,), like)
+
+
+@njit(**STEP)
+def _put_together(row, factors, like):
+    """``out``: the sums of all ranges times factors (B * H, ranges)."""
+    out = _view(row.out, (row.rows, row.heads, 1, row.width), like)
+    combine(_sums(row, factors.shape[1], like), factors, out, row.heads // row.key_heads)
+
+
 @instruction
 def weighted_sum(table, like, position, part, parts):
     """What a range of keys adds to ``x y``."""
     row = carray(table, 1)[0]
     ranges, item = _ranges(row, position), row.heads // row.key_heads * row.width
     p, v = _view(row.x, (row.rows, row.heads, 1, position + 1), like), _held(row.y, row, position, like)
-    sums = _view(row.sums, (ranges * row.rows * row.heads * row.width,), like)
+    sums = _sums(row, ranges, like)
     for i in range(part * item, (part + 1) * item):
         sums[i] = 0
     sum_items(p, v, sums, row.heads // row.key_heads, ranges, part, part + 1)
@@ -233,35 +246,30 @@ def weighted_sum(table, like, position, part, parts):
 def combine_sums(table, like, position, part, parts):
     """``out``: what all ranges added."""
     row = carray(table, 1)[0]
-    maps, ranges = row.rows * row.heads, _ranges(row, position)
-    sums = _view(row.sums, (ranges * maps * row.width,), like)
-    out = _view(row.out, (row.rows, row.heads, 1, row.width), like)
-    combine(sums, np.ones((maps, ranges), out.dtype), out, row.heads // row.key_heads)
+    shape = (row.rows * row.heads, _ranges(row, position))
+    _put_together(row, np.ones(shape, _sums(row, 0, like).dtype), like)
 
 
 @instruction
 def attend(table, like, position, part, parts):
     """What a range of keys contributes to ``softmax(x yᵀ) z``: sums, maxima and totals, see `few_rows`."""
     row = carray(table, 1)[0]
-    maps, ranges = row.rows * row.heads, _ranges(row, position)
+    shape = (row.rows * row.heads, _ranges(row, position))
     q = _view(row.x, (row.rows, row.heads, 1, row.width), like)
     k, v = _held(row.y, row, position, like), _held(row.z, row, position, like)
-    sums = _view(row.sums, (ranges * maps * row.width,), like)
-    maxima, totals = _view(row.maxima, (maps, ranges), like), _view(row.totals, (maps, ranges), like)
+    maxima, totals = _view(row.maxima, shape, like), _view(row.totals, shape, like)
     no_mask = carray(pointer(row.x, np.bool_(0)), (1, 1, 1, 1))
-    attend_items(q, k, v, False, False, no_mask, sums, maxima, totals, part, part + 1)
+    attend_items(q, k, v, False, False, no_mask, _sums(row, shape[1], like), maxima, totals, part, part + 1)
 
 
 @instruction
 def combine_attended(table, like, position, part, parts):
     """``out``: what all ranges contributed."""
     row = carray(table, 1)[0]
-    maps, ranges = row.rows * row.heads, _ranges(row, position)
-    sums = _view(row.sums, (ranges * maps * row.width,), like)
-    out = _view(row.out, (row.rows, row.heads, 1, row.width), like)
-    maxima, totals = _view(row.maxima, (maps, ranges), like), _view(row.totals, (maps, ranges), like)
-    factors_of(maxima, totals)
-    combine(sums, maxima, out, row.heads // row.key_heads)
+    shape = (row.rows * row.heads, _ranges(row, position))
+    maxima = _view(row.maxima, shape, like)
+    factors_of(maxima, _view(row.totals, shape, like))
+    _put_together(row, maxima, like)
 
 
 # --- the walk -------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -137,6 +137,12 @@ def windows(x: Array, kernel: int, stride: int, out: Array) -> None:
         out[:, :first, tap] = 0
         out[:, first:last, tap] = x[:, start : start + (last - first) * stride : stride]
         out[:, last:, tap] = 0
+
+
+def columns(y: Array, widths: tuple[int, ...]) -> tuple[Array, ...]:
+    """The columns of y (..., sum of widths) in consecutive parts."""
+    stops = accumulate(widths)
+    return tuple([y[..., stop - width : stop] for width, stop in zip(widths, stops, strict=True)])
 
 
 def few_queries(q: Array, k: Array) -> bool:

@@ -7,6 +7,7 @@ import math
 import numpy as np
 from numba import njit
 
+from .few_rows import factors_of
 from .parallel import KERNEL, STEP, share
 from .polynomials import accumulate, exp, full_width, maximum, span
 from .sums import sum_of, sum_of_squares
@@ -103,13 +104,7 @@ def kernel_softmax_of_long_rows(x, x_stride, out, k_len, rows, parts):
     ranges = (k_len + RANGE - 1) // RANGE
     maxima, totals = np.empty(rows * ranges, x.dtype), np.empty(rows * ranges, x.dtype)
     share(_exponentiate_ranges, (x, x_stride, out, maxima, totals, k_len, ranges), rows * ranges, parts)
-    for row in range(rows):
-        own = slice(row * ranges, (row + 1) * ranges)
-        largest = np.max(maxima[own])
-        for item in range(row * ranges, (row + 1) * ranges):
-            maxima[item] = 0 if largest == -np.inf else exp(maxima[item] - largest)
-            totals[item] *= maxima[item]
-        maxima[own] /= 1 if largest == -np.inf else sum_of(totals[own])
+    factors_of(maxima.reshape(rows, ranges), totals.reshape(rows, ranges))
     share(_scale_ranges, (out, maxima, k_len, ranges), rows * ranges, parts)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import lower_builtin, type_callable
 
 from .vector import _assign, _current, _in_blocks, _variables, _Vectors
@@ -83,4 +84,6 @@ def _sum(context: Any, builder: ir.IRBuilder, kind: Any, array: ir.Value, added:
     values = _current(builder, sums)
     while len(values) > 1:
         values = list(map(builder.fadd, values[::2], values[1::2]))
-    return vectors.sum_of_lanes(values[0])
+    result = cgutils.alloca_once(builder, vectors.element)
+    vectors.store_sums(values, result)
+    return builder.load(result)

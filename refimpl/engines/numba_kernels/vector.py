@@ -226,15 +226,6 @@ class _Vectors:
             start = self.at(pointer, i * self.count)
             self.builder.store(vector, self.builder.bitcast(start, vector.type.as_pointer()), align=self.itemsize)
 
-    def sum_of_lanes(self, vector: ir.Value) -> ir.Value:
-        """Add up the lanes, upper half to lower half each time."""
-        width = self.count
-        while width > 1:
-            width //= 2
-            low, high = (self.shuffle(vector, vector, list(range(at, at + width))) for at in (0, width))
-            vector = self.builder.fadd(low, high)
-        return self.builder.extract_element(vector, ir.IntType(32)(0))
-
 
 def _variables(builder: ir.IRBuilder, values: Sequence[ir.Value]) -> list[ir.Value]:
     """Allocate loop-carried variables, which LLVM turns into registers, and set them to `values`."""
