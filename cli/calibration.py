@@ -2,7 +2,8 @@
 
 The models are synthetic and their sizes are not those of any preset, so that a prediction for a preset is one for
 shapes that were not fitted. Ops are timed inside forward passes, because there their operands are as warm or cold in
-the caches as they will be later; alone in a loop they run faster than they ever do in a model.
+the caches as they will be later; alone in a loop they run faster than they ever do in a model. Passes that the engine
+can record are then timed as recorded ones, too.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ Key = tuple[str, tuple[tuple[str, int], ...]]  # op and sizes
 Under = tuple[tuple[str, dict[str, Any]], ...]  # methods and their parameters
 
 ADDS, REPLAYS, WIDTH = (20, 120), 5, 1024  # of the graphs that bandwidths are measured with; columns of their arrays
-WORKING = 2  # passes as large as the largest that a GPU's memory must hold beside weights and caches
+TURNS = 7  # of an ordinary and a recorded pass
+WORKING = 3  # passes as large as the largest that a GPU's memory must hold beside weights and caches
 
 EXACT: Under = (("dense", {}), ("flash", {}))
 METHODS: Under = (*EXACT, ("reuse", {"groups": [[0, 1]]}))  # whose ops most others share
@@ -113,7 +115,8 @@ CELLS: tuple[Cell, ...] = (
     Cell(_model("decoder", 448, 7, 1216), 900, methods=(*METHODS, *HEAD, *FILTERS)),
     Cell(_model("decoder", 720, 6, 2016, kv_heads=3, activation="gelu_tanh", gated=False), 60),
     Cell(_model("decoder", 544, 8, 1408, kv_heads=2), kv_len=330, methods=(*METHODS, *QUARTERS)),
-    Cell(_model("decoder", 192, 3, 576), kv_len=1400, methods=(*METHODS, *HEAD, *FILTERS)),
+    # More layers than the others: recorded, it tells what starting a pass takes from what its calls do.
+    Cell(_model("decoder", 192, 3, 576, layers=12), kv_len=1400, methods=(*METHODS, *HEAD, *FILTERS)),
     Cell(
         _model("decoder", 720, 6, 2016, kv_heads=3, activation="gelu_tanh", gated=False),
         kv_len=90,
@@ -260,21 +263,36 @@ class _Run:
     dtype: str
     cache: Cache | None = None
     passes: list[Run] = field(default_factory=list)
+    recorded: float | None = None  # seconds of a recorded pass / of an ordinary one
 
     def once(self) -> Run:
         """One pass; a step of decoding is one of several, so another one goes before it."""
-        if self.cache is not None and self.cell.kv_len:
-            self.cache.truncate(self.cell.kv_len)
+        if self.cell.kv_len:
+            self._rewind()
             self.runner(self.inputs, self.ready, cache=self.cache, record=False)
+        self._rewind()
+        return self.runner(self.inputs, self.ready, cache=self.cache)
+
+    def record(self) -> None:
+        """Time the pass as a recorded one in turn with an ordinary one, since a machine's speed drifts."""
+        self._rewind()
+        try:
+            again = self.runner.recorded(self.inputs, self.ready, cache=self.cache)
+        except UnsupportedError:
+            return
+        again()  # warms up
+        self.recorded = float(np.median([again().seconds / self.once().seconds for _ in range(TURNS)]))
+
+    def _rewind(self) -> None:
         if self.cache is not None:
             self.cache.truncate(self.cell.kv_len)
-        return self.runner(self.inputs, self.ready, cache=self.cache)
 
     def summary(self) -> Pass:
         """The closed form with the medians over all passes."""
         cost = estimate(self.ready.method, self.cell.config, self.cell.workload(self.dtype), self.ready.parameters)
         total_s = float(np.median([one.seconds for one in self.passes]))
-        return Pass(cost, list(_samples([one.calls for one in self.passes])), total_s)
+        recorded_s = None if self.recorded is None else self.recorded * total_s
+        return Pass(cost, list(_samples([one.calls for one in self.passes])), total_s, recorded_s)
 
 
 def _measure(cells: Sequence[Cell], ops: Engine, dtype: str, seconds: float, say: Say) -> list[Pass]:
@@ -290,6 +308,9 @@ def _measure(cells: Sequence[Cell], ops: Engine, dtype: str, seconds: float, say
             run.passes.append(run.once())
             spent = time.perf_counter() - start
             say("measuring", min(spent / seconds, 1.0))
+    for index, run in enumerate(runs):
+        say("recording passes", index / len(runs))
+        run.record()
     return [run.summary() for run in runs]
 
 

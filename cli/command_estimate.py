@@ -21,6 +21,7 @@ from .request import resolve
 @options.hardware_option
 @options.output_options("table", "json", "csv", "md")
 @options.plot_option
+@click.option("--graph", is_flag=True, help="Times of recorded passes: CUDA graphs, or decoding steps on the CPU.")
 @click.option(
     "--energy",
     is_flag=False,
@@ -30,7 +31,7 @@ from .request import resolve
 )
 def command(
     baseline: str | None, hardware: str | None, form: str | None, path: Path | None, plot: Path | None, quiet: bool,
-    energy: str | None, **given: Any,
+    graph: bool, energy: str | None, **given: Any,
 ) -> None:  # fmt: skip
     """Predict FLOPs, bytes and seconds, component by component; no kernel is run.
 
@@ -46,7 +47,7 @@ def command(
     named = machines.find(hardware)
     given["device"] = given["device"] or default_device(named, given["engine"])
     request = resolve(**options.request_options(given))
-    document = estimated(request, named or hardware, progress, energy)
+    document = estimated(request, named or hardware, progress, energy, graph)
     if target.needs_context:
         from .context import context
 

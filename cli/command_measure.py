@@ -32,7 +32,7 @@ GATE_FAILED = 1
     show_default=True,
     help="warm or cold: overwrite the GPU's cache before each pass.",
 )
-@click.option("--graph", is_flag=True, help="Time totals on recorded passes: CUDA graphs, or steps.")
+@click.option("--graph", is_flag=True, help="Totals of recorded passes: CUDA graphs, or steps.")
 @click.option("--fuse", is_flag=True, help="In these, pairs of ops as one kernel: an add with its norm, and the like.")
 @options.output_options("table", "json", "csv", "md")
 @options.plot_option

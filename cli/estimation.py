@@ -37,6 +37,7 @@ def estimate(
     engine: str | None = None,
     threads: int | None = None,
     energy: str | None = None,
+    graph: bool = False,
 ) -> dict[str, Any]:
     """FLOPs, bytes, memory and seconds in closed form.
 
@@ -62,6 +63,8 @@ def estimate(
     energy : str, optional
         Name of an energy model (`costmodel.energy.energy_models`): adds joules, and watts where the input has a
         duration.
+    graph : bool
+        Seconds of recorded passes: CUDA graphs, or on the CPU decoding steps in one compiled call.
 
     Returns
     -------
@@ -87,7 +90,7 @@ def estimate(
         model, seq, method, params, overrides=overrides, batch=batch, dtype=dtype, phase=phase, kv_len=kv_len,
         steps=steps, causal=causal, device=device or default_device(named, engine), engine=engine, threads=threads,
     )  # fmt: skip
-    document = estimated(request, named or hardware, Progress(), energy)
+    document = estimated(request, named or hardware, Progress(), energy, graph)
     return {**document, "context": context(request.threads)}
 
 
@@ -97,14 +100,19 @@ def default_device(named: Hardware | None, engine: str | None) -> str | None:
 
 
 def estimated(
-    request: Request, hardware: str | Hardware | None, progress: Progress, energy: str | None = None
-) -> dict[str, Any]:
+    request: Request, hardware: str | Hardware | None, progress: Progress, energy: str | None = None,
+    graph: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """The result without its context."""
+    if graph:
+        request.check_recorded()
     joules = _energy_model(energy) if energy else None
     machine = machines.choose(hardware, request.engine, request.threads, request.dtype, progress)
     found = []
     for length in request.lengths:
-        predictions = {name: predict(request.estimate(name, length), machine) for name in request.all_methods}
+        predictions = {
+            name: predict(request.estimate(name, length), machine, recorded=graph) for name in request.all_methods
+        }
         seconds = {name: float(prediction.total.seconds) for name, prediction in predictions.items()}
         for name in request.methods:
             result = results.entry(request, name, predictions[name])
@@ -113,6 +121,7 @@ def estimated(
                 results.add_energy(result, predictions, joules)
             found.append(result)
     document = results.document(request, machine, found, progress.notes)
+    document["config"]["graph"] = graph
     return {**document, "energy_model": asdict(joules)} if joules else document
 
 

@@ -86,18 +86,12 @@ class Timing:
             raise ConfigError("--fuse is for the passes of --graph, whose ops are not timed one by one: add --graph")
 
     def check(self, request: Request) -> None:
-        """Raise ConfigError for what the device or the passes do not have."""
-        if request.device != "gpu":
-            for given, name in ((self.l2 == "cold", "--l2 cold"), (self.fuse, "--fuse")):
-                if given:
-                    raise ConfigError(f"{name} is for GPUs: add --device gpu, or leave it away")
-            if self.graph and not (request.decodes and request.engine == "numba"):
-                raise ConfigError(
-                    "--graph is for GPUs and, on the CPU, for decoding with the engine 'numba': add --device gpu or "
-                    "--phase decode, or leave it away"
-                )
-        if self.graph and (request.steps > 1 or request.config.streams):
-            raise ConfigError("--graph replays one pass: give --steps 1 and a model that does not stream")
+        """Raise ConfigError or UnsupportedError for what the device or the passes do not have."""
+        for given, name in ((self.l2 == "cold", "--l2 cold"), (self.fuse, "--fuse")):
+            if given and request.device != "gpu":
+                raise ConfigError(f"{name} is for GPUs: add --device gpu, or leave it away")
+        if self.graph:
+            request.check_recorded()
 
 
 def measure(
@@ -225,8 +219,8 @@ def measured(
     if timing.graph:
         recorded = "replayed as CUDA graphs" if request.device == "gpu" else "recorded and run as one compiled call"
         progress.note(
-            f"measured totals are of passes {recorded}; measured components and all predictions are of ordinary ones, "
-            "in which the host launches each op" + (", and no two ops are one kernel" if timing.fuse else "")
+            f"totals are of passes {recorded}; components are of ordinary ones, in which the host launches each op"
+            + ("; in predictions no two ops are one kernel" if timing.fuse else "")
         )
     document = results.document(request, machine, found, progress.notes)
     document["config"] |= {**vars(timing), "input": str(source.path) if source.path else "seeded random"}
@@ -297,6 +291,10 @@ class Bench:
             (name, length): predict(self.request.estimate(name, length, ready.parameters), self.hardware)
             for (name, length), ready in self.ready.items()
         }
+        self.totals = {
+            place: predict(one.estimate, self.hardware, recorded=self.timing.graph).total
+            for place, one in self.predictions.items()
+        }
         self._began_s = time.perf_counter()
         self._seen_s = self._expected_s = 0.0  # of all counted passes: how fast this machine is beside the prediction
 
@@ -364,7 +362,7 @@ class Bench:
                 samples.components.setdefault(component, []).append(seconds)
         samples.totals.append(plain.seconds)
         self._seen_s += plain.seconds
-        self._expected_s += float(self.predictions[name, length].total.seconds)
+        self._expected_s += float(self.totals[name, length].seconds)
         if name not in outputs:
             self._compare(name, length, plain.output, outputs)
 
@@ -433,7 +431,7 @@ class Bench:
     def _round_s(self, length: int) -> float:
         """What one round of turns will take, going by the passes seen so far."""
         passes = {name: 2 if name in self.request.methods else 1 for name in self.methods}
-        predicted = sum(count * float(self.predictions[name, length].total.seconds) for name, count in passes.items())
+        predicted = sum(count * float(self.totals[name, length].seconds) for name, count in passes.items())
         return predicted * (self._seen_s / self._expected_s if self._expected_s else 1.0)
 
     def _seconds_for(self, length: int) -> float:
@@ -475,9 +473,9 @@ class Bench:
         return found
 
     def _entry(self, name: str, length: int, samples: Samples) -> dict[str, Any]:
-        entry = results.entry(self.request, name, self.predictions[name, length])
+        entry = results.entry(self.request, name, self.predictions[name, length], self.totals[name, length])
         results.add_measured(entry, samples)
-        predicted = {other: float(self.predictions[other, length].total.seconds) for other in self.methods}
+        predicted = {other: float(self.totals[other, length].seconds) for other in self.methods}
         seen = {other: self.samples[other, length].totals for other in self.methods if (other, length) in self.samples}
         medians = {other: float(np.median(totals)) for other, totals in seen.items() if totals}
         entry["speedup"] = results.speedups(predicted, medians, name)

@@ -15,7 +15,7 @@ from .layout import Block, Row, Table
 from .results import flat, length_of, place_of
 
 if TYPE_CHECKING:
-    from costmodel.hardware import Hardware
+    from costmodel.hardware import Hardware, RecordedModel
 
     from .explanation import Explanation, Layer
 
@@ -436,6 +436,8 @@ def profile_blocks(hardware: Hardware) -> list[Block]:
         f"{about.get('passes', 0)} passes, {about.get('samples', 0)} samples\nsustained: {', '.join([*peaks, *levels])}"
     )
     residuals: Mapping[str, Mapping[str, Any]] = about.get("residuals", {})
+    if hardware.recorded:
+        head += f"\n{_recorded_text(hardware.recorded, residuals.get('recorded', {}))}"
     errors = [residuals.get(name, {}) for name in (*hardware.ops, "total")]
     models = list(hardware.ops.values())
     columns = [
@@ -460,6 +462,14 @@ def profile_blocks(hardware: Hardware) -> list[Block]:
             groups=[("", 1), ("constants", 6), ("held-out error %", 3)],
         ),
     ]
+
+
+def _recorded_text(model: RecordedModel, residual: Mapping[str, Any]) -> str:
+    return (
+        f"recorded passes: {quantity(model.start_s, SECONDS)} to start, {quantity(model.call_s, SECONDS)} a call, "
+        f"{model.work:.2f} of the work; held-out error median {percent(residual.get('median_abs'))} %, "
+        f"p90 {percent(residual.get('p90_abs'))} % (n {residual.get('n', NONE)})"
+    )
 
 
 def _rate(value: float) -> float | None:

@@ -11,7 +11,7 @@ import costmodel
 from costmodel.closed_form import Estimate
 from refimpl.config import PHASES, ModelConfig, Workload, override, preset
 from refimpl.engines import ENGINES
-from refimpl.errors import ConfigError, unknown
+from refimpl.errors import ConfigError, UnsupportedError, unknown
 from refimpl.methods import CATALOG
 from refimpl.methods import method as method_row
 from refimpl.parameters.composition import as_dict, canonical, members
@@ -68,6 +68,30 @@ class Request:
     def all_methods(self) -> tuple[str, ...]:
         """The methods named, and the baselines that they are compared with."""
         return tuple(dict.fromkeys((*self.methods, *BASELINES)))
+
+    def check_recorded(self) -> None:
+        """Raise ConfigError or UnsupportedError where no pass of these can be a recorded one."""
+        if self.device != "gpu" and not (self.decodes and self.engine == "numba"):
+            raise ConfigError(
+                "--graph is for GPUs and, on the CPU, for decoding with the engine 'numba': add --device gpu or "
+                "--phase decode, or leave it away"
+            )
+        if self.steps > 1 or self.config.streams:
+            raise ConfigError("--graph replays one pass: give --steps 1 and a model that does not stream")
+        if self.device != "gpu":
+            self._check_instructions()
+
+    def _check_instructions(self) -> None:
+        """Raise UnsupportedError for a method with an op that no step on the CPU has."""
+        from refimpl.engines.recorded_step import StepRecorder
+
+        recorder = StepRecorder(self.lengths[0])
+        for name in self.methods:
+            for op in self.estimate(name, self.lengths[0]).ops:
+                try:
+                    getattr(recorder, op.name)
+                except UnsupportedError as error:
+                    raise UnsupportedError(f"{name}: {error}") from error
 
     def baselines(self, only: str | None) -> list[str]:
         """The baselines whose ratios are shown; a method is not compared with itself alone."""

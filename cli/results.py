@@ -93,9 +93,9 @@ def place_of(result: Mapping[str, Any]) -> str:
     return f"{'S' if 'kv_len' in result else 'T'}={length_of(result)}"
 
 
-def entry(request: Request, method: str, prediction: Prediction) -> dict[str, Any]:
-    """One method at one length, as predicted."""
-    estimate = prediction.estimate
+def entry(request: Request, method: str, prediction: Prediction, total: Seconds | None = None) -> dict[str, Any]:
+    """One method at one length, as predicted; `total` is that of a recorded pass where components are not."""
+    estimate, total = prediction.estimate, total or prediction.total
     workload = estimate.workload
     costs, calls, times = estimate.by_component(), estimate.calls(), prediction.by_component()
     return {
@@ -110,12 +110,12 @@ def entry(request: Request, method: str, prediction: Prediction) -> dict[str, An
         "components": [
             {"component": name, **_figures(calls[name], costs[name], times[name])} for name in costs
         ],
-        "total": _figures(sum(calls.values()), estimate.total, prediction.total),
+        "total": _figures(sum(calls.values()), estimate.total, total),
         **_weights(estimate),
         "cache_bytes": int(estimate.cache_bytes),
         "cache_traffic": {"appended_bytes": int(estimate.appended_bytes), "read_bytes": int(estimate.total.kv_bytes)},
         "peak_bytes": int(estimate.peak_bytes),
-        **({"tokens_per_s": {"predicted": _per_second(estimate, prediction.total.seconds)}} if request.decodes else {}),
+        **({"tokens_per_s": {"predicted": _per_second(estimate, total.seconds)}} if request.decodes else {}),
         "speedup": {},
     }  # fmt: skip
 

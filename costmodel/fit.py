@@ -3,8 +3,8 @@
 Each op kind has its own constants (`costmodel.hardware.OpModel`): overhead, matrix rate with half-performance lengths,
 vector rate, bandwidth inside and outside the cache. They are fitted in log space, so that a sample counts by its
 relative error whether it takes microseconds or seconds, with a robust loss, because a shared machine has hiccups, and
-with weak priors that hold a constant near the machine's own figures where the samples do not determine it. Bands come
-from passes that were left out of the fit.
+with weak priors that hold a constant near the machine's own figures where the samples do not determine it. Recorded
+passes are fitted after that, on their totals alone. Bands come from passes that were left out of the fit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from costmodel.closed_form import Estimate
-from costmodel.hardware import Band, Hardware, MemoryLevel, OpModel
+from costmodel.hardware import Band, Hardware, MemoryLevel, OpModel, RecordedModel
 from costmodel.ops import FORMULAS, Cost
 from costmodel.predict import Traffic, kind_of, predict, seconds_of_call
 from refimpl.errors import ConfigError
@@ -46,6 +46,8 @@ CACHE_PRIOR = 4e6  # bytes, where the machine does not say
 MEASURED_ALONE = {"near": "near_bytes_per_s", "far": "far_bytes_per_s", "cache": "cache_bytes"}
 KNOWN_SIGMA = 0.1  # in log units, of a bandwidth that was measured alone
 PRIOR_SIGMA = {"overhead": 2.0, "half": 1.5, "vector": 1.5, "near": 0.7, "far": 0.7, "cache": 0.7}  # in log units
+RECORDED_PRIOR = {"start_s": (1e-5, 2.0), "call_s": (2e-6, 2.0), "work": (1.0, 0.5)}  # and how far, in log units
+ROBUST = 0.1  # in log units, the misfit from which a sample counts by less than its square
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class Pass:
-    """One timed forward pass: its closed form, its ops' samples, and its time without instruments."""
+    """One timed forward pass: its closed form, its ops' samples, its time without instruments, and recorded."""
 
     estimate: Estimate
     samples: list[Sample]
     total_s: float
+    recorded_s: float | None = None  # None where it cannot be recorded
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,9 @@ def fit(passes: Sequence[Pass], itemsize: int, *, kind: Literal["cpu", "gpu"], a
             f"calibration needs at least two passes that hold the op '{STREAM}'; {len(passes)} were given"
         )
     hardware = _fit_once(passes, itemsize, kind, about)
-    ops, totals = _held_out(passes, itemsize, kind, about)
-    bands = {name: _band(ratios) for name, ratios in ops.items()} | {"total": _band(totals)}
-    residuals = {name: _residual(ratios) for name, ratios in ops.items()} | {"total": _residual(totals)}
+    ratios = _held_out(passes, itemsize, kind, about)
+    bands = {name: _band(found) for name, found in ratios.items()}
+    residuals = {name: _residual(found) for name, found in ratios.items()}
     found = {"residuals": residuals, "global_efficiency": _global_efficiency(passes, hardware)}
     return replace(hardware, bands=bands, about={**hardware.about, **found})
 
@@ -134,7 +137,7 @@ def _fit_once(passes: Sequence[Pass], itemsize: int, kind: Literal["cpu", "gpu"]
     stream = _fit_op(samples[STREAM], None, kind, known)
     ops = {name: _fit_op(found, stream, kind) for name, found in samples.items()} | {STREAM: stream}
     dtype = str(about["dtype"])
-    return Hardware(
+    hardware = Hardware(
         name="local",
         title="this machine",
         kind=kind,
@@ -150,6 +153,7 @@ def _fit_once(passes: Sequence[Pass], itemsize: int, kind: Literal["cpu", "gpu"]
         ops=ops,
         about={**about, "passes": len(passes), "samples": sum(len(found) for found in samples.values())},
     )
+    return replace(hardware, recorded=_fit_recorded(passes, hardware))
 
 
 def _best_rate(samples: Mapping[str, list[_Placed]], flops: str, kinds: tuple[str, ...]) -> float:
@@ -194,10 +198,14 @@ def _fit_op(
     def residuals(x: Any) -> Any:
         model = _model(names, x, seen.op, kind)
         misfit = np.log(seconds_of_call(model, seen.sizes, seen.cost, seen.traffic) / seen.seconds)
-        robust = np.sign(misfit) * np.sqrt(2.0 * (np.sqrt(1.0 + (misfit / 0.1) ** 2) - 1.0))
-        return np.concatenate([robust, (x - start) / sigma])
+        return np.concatenate([_robust(misfit), (x - start) / sigma])
 
     return _model(names, least_squares(residuals, start, method="trf").x, seen.op, kind)
+
+
+def _robust(misfit: Any) -> Any:
+    """Roots of the pseudo-Huber loss: squares of small misfits, absolute values of large ones."""
+    return np.sign(misfit) * np.sqrt(2.0 * (np.sqrt(1.0 + (misfit / ROBUST) ** 2) - 1.0))
 
 
 def _start(
@@ -241,15 +249,41 @@ def _model(names: list[str], x: Any, op: str, kind: str) -> OpModel:
     )
 
 
+# --- recorded passes ----------------------------------------------------------------------------------------------
+
+
+def _fit_recorded(passes: Sequence[Pass], hardware: Hardware) -> RecordedModel | None:
+    """The constants of recorded passes, given those of the ops; None where nothing was recorded."""
+    from scipy.optimize import least_squares
+
+    seen = [one for one in passes if one.recorded_s is not None]
+    if not seen:
+        return None
+    totals = [predict(one.estimate, hardware).total for one in seen]
+    busy = np.array([float(total.compute + total.memory) for total in totals])
+    calls = np.array([sum(float(op.calls) for op in one.estimate.ops) for one in seen])
+    seconds = np.array([one.recorded_s for one in seen])
+    start, sigma = np.log([value for value, _ in RECORDED_PRIOR.values()]), [by for _, by in RECORDED_PRIOR.values()]
+
+    def residuals(x: Any) -> Any:
+        start_s, call_s, work = np.exp(x)
+        misfit = np.log((start_s + call_s * calls + work * busy) / seconds)
+        return np.concatenate([_robust(misfit), (x - start) / sigma])
+
+    return RecordedModel(*np.exp(least_squares(residuals, start, method="trf").x).tolist())
+
+
 # --- bands and baselines ------------------------------------------------------------------------------------------
 
 
 def _held_out(
     passes: Sequence[Pass], itemsize: int, kind: Literal["cpu", "gpu"], about: Mapping[str, Any]
-) -> tuple[dict[str, list[float]], list[float]]:
-    """Ratios measured / predicted on passes left out in turn; all passes of one model and length leave together."""
-    ops: dict[str, list[float]] = defaultdict(list)
-    totals: list[float] = []
+) -> dict[str, list[float]]:
+    """Ratios measured / predicted of ops, of "total" and of "recorded", on passes left out in turn.
+
+    All passes of one model and length leave together.
+    """
+    ratios: dict[str, list[float]] = defaultdict(list, total=[])
     models = list(dict.fromkeys(_model_of(one) for one in passes))
     for fold in range(FOLDS):
         left_out = set(models[fold::FOLDS])
@@ -263,9 +297,12 @@ def _held_out(
                 for each in placed:
                     model, sample = hardware.ops[each.kind], each.sample
                     expected = seconds_of_call(model, sample.sizes, each.cost, each.traffic)
-                    ops[each.kind].append(sample.seconds / float(expected))
-                totals.append(one.total_s / float(predict(one.estimate, hardware).total.seconds))
-    return ops, totals
+                    ratios[each.kind].append(sample.seconds / float(expected))
+                ratios["total"].append(one.total_s / float(predict(one.estimate, hardware).total.seconds))
+                if one.recorded_s is not None and hardware.recorded:
+                    recorded = predict(one.estimate, hardware, recorded=True)
+                    ratios["recorded"].append(one.recorded_s / float(recorded.total.seconds))
+    return ratios
 
 
 def _model_of(one: Pass) -> tuple[Any, Any]:
@@ -290,7 +327,7 @@ def _residual(ratios: list[float]) -> dict[str, float]:
 
 def bare_roofline(hardware: Hardware) -> Hardware:
     """The same machine as peaks alone: its measured matrix and vector rates and bandwidths, no constants per op."""
-    return replace(hardware, level="spec", ops={}, bands={})
+    return replace(hardware, level="spec", ops={}, recorded=None, bands={})
 
 
 def _global_efficiency(passes: Sequence[Pass], hardware: Hardware) -> float:

@@ -53,6 +53,27 @@ class OpModel:
 
 
 @dataclass(frozen=True)
+class RecordedModel:
+    """Seconds of a recorded pass, a CUDA graph or a decoding step in one compiled call, on a calibrated machine.
+
+    ``start_s + sum over calls of (call_s + work * max(compute, memory))``
+
+    Attributes
+    ----------
+    start_s : float
+        What starting the pass takes.
+    call_s : float
+        What a call of an op takes beside its work.
+    work : float
+        The work of a call / that of the same call in an ordinary pass.
+    """
+
+    start_s: float
+    call_s: float
+    work: float
+
+
+@dataclass(frozen=True)
 class Band:
     """How far measurements lay from predictions on shapes that were held out: ratios measured / predicted."""
 
@@ -74,8 +95,10 @@ class Hardware:
         From the fastest level outward.
     ops : mapping
         kind of op (`costmodel.predict.kind_of`) -> OpModel; empty for a preset.
+    recorded : RecordedModel, optional
+        Of recorded passes, where the engine has them.
     bands : mapping
-        kind of op -> Band, and "total" for whole passes.
+        kind of op -> Band, "total" for whole passes and "recorded" for recorded ones.
     about : mapping
         What a profile was fitted on: engine, device, threads, dtype, host, date, samples, residuals.
     """
@@ -92,6 +115,7 @@ class Hardware:
     cores: int = 0
     energy: Mapping[str, Any] = field(default_factory=dict)
     ops: Mapping[str, OpModel] = field(default_factory=dict)
+    recorded: RecordedModel | None = None
     bands: Mapping[str, Band] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
 
@@ -114,6 +138,8 @@ class Hardware:
                 raise ConfigError(f"{where}: written by another version of effref; run 'effref calibrate' again")
             given["memory"] = tuple(MemoryLevel(**level) for level in given["memory"])
             given["ops"] = {name: OpModel(**model) for name, model in given["ops"].items()}
+            if given.get("recorded") is not None:
+                given["recorded"] = RecordedModel(**given["recorded"])
             given["bands"] = {name: Band(**band) for name, band in given["bands"].items()}
             return cls(**given)
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -1,7 +1,8 @@
 """Seconds from FLOPs and bytes: ``overhead + max(compute, memory)`` per call of an op.
 
 On a spec-sheet preset the overhead is nothing and the rates are the peaks: a lower bound. On a calibrated profile each
-op has its own few constants (`costmodel.hardware.OpModel`), and a prediction carries a band.
+op has its own few constants (`costmodel.hardware.OpModel`), and a prediction carries a band. In a recorded pass calls
+have another overhead, the same for all ops (`costmodel.hardware.RecordedModel`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from costmodel.closed_form import Estimate
-from costmodel.hardware import Band, Hardware, OpModel
+from costmodel.hardware import Band, Hardware, OpModel, RecordedModel
 from costmodel.ops import Cost, Op, Quantity
 from refimpl.components import COMPONENTS
 from refimpl.errors import UnsupportedError
@@ -66,7 +67,7 @@ class Prediction:
         return {name: times[name] for name in COMPONENTS if name in times}
 
 
-def predict(estimate: Estimate, hardware: Hardware) -> Prediction:
+def predict(estimate: Estimate, hardware: Hardware, *, recorded: bool = False) -> Prediction:
     """The time of `estimate` on `hardware`.
 
     Parameters
@@ -75,13 +76,18 @@ def predict(estimate: Estimate, hardware: Hardware) -> Prediction:
         From `costmodel.estimate`; over arrays of lengths the times are arrays.
     hardware : Hardware
         A preset or a calibrated profile.
+    recorded : bool
+        Of a recorded pass, a CUDA graph or a decoding step in one compiled call; what starting it takes is in the total
+        alone. A preset has no overheads, and the same lower bound for both.
 
     Raises
     ------
     UnsupportedError
-        If a preset has no peak for the dtype, or a profile was fitted on another dtype or lacks an op.
+        If a preset has no peak for the dtype, or a profile was fitted on another dtype or lacks an op or recorded
+        passes.
     """
     dtype = estimate.workload.dtype
+    again = _recorded_model(hardware) if recorded and hardware.level == "calibrated" else None
     by_op = []
     for op in estimate.ops:
         one = op.cost_of_one(estimate.itemsize)
@@ -93,10 +99,14 @@ def predict(estimate: Estimate, hardware: Hardware) -> Prediction:
                 parts = _spec(one, traffic, hardware, dtype)
             else:
                 parts = _calibrated(kind, op, one, traffic, hardware, dtype)
+            if again:
+                _, compute, memory = parts
+                parts = again.call_s, again.work * compute, again.work * memory
             found.append(_times(op.calls, *parts, hardware.bands.get(kind)))
         by_op.append((op, found[0] if len(found) == 1 else found[0].where(few, found[1])))
-    total = sum((seconds for _, seconds in by_op), Seconds())
-    return Prediction(estimate, hardware, by_op, _banded(total, hardware))
+    start_s = again.start_s if again else 0.0
+    total = sum((seconds for _, seconds in by_op), Seconds(start_s, start_s, start_s, overhead=start_s))
+    return Prediction(estimate, hardware, by_op, _banded(total, hardware.bands.get("recorded" if again else "total")))
 
 
 # Ops that do what another one does: they copy sequences of a batch, compare features, or multiply matrices of heads.
@@ -190,9 +200,14 @@ def _times(calls: Quantity, overhead: Quantity, compute: Quantity, memory: Quant
     )
 
 
-def _banded(total: Seconds, hardware: Hardware) -> Seconds:
+def _recorded_model(hardware: Hardware) -> RecordedModel:
+    if hardware.recorded is None:
+        raise UnsupportedError(f"the profile '{hardware.name}' knows no recorded passes; run 'effref calibrate' again")
+    return hardware.recorded
+
+
+def _banded(total: Seconds, band: Band | None) -> Seconds:
     """The total's own band, from whole passes; errors of single ops partly cancel in it."""
-    band = hardware.bands.get("total")
     if not band:
         return total
     return Seconds(

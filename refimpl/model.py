@@ -286,7 +286,8 @@ class Runner:
         ConfigError, ShapeError, InputError
             As in `forward`.
         """
-        if hasattr(self.engine, "step_recorder") and cache is not None:
+        check_inputs(self.config, inputs)
+        if hasattr(self.engine, "step_recorder") and cache is not None and sequence_length(self.config, inputs) == 1:
             return self._step_again(inputs, self.recorded_step(method, cache, causal=causal), cache)
         if not hasattr(self.engine, "record"):
             raise UnsupportedError(
@@ -294,7 +295,6 @@ class Runner:
             )
         if self.config.streams:
             raise UnsupportedError(f"{self.config.name} streams: its passes differ with the cache, so no graph fits")
-        check_inputs(self.config, inputs)
         causal = self.config.causal if causal is None else causal
         work = self._work(inputs, method.program(), method, causal, None, cache)
 

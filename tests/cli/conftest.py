@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 from effref.main import main
 
-from costmodel.hardware import Band, Hardware, MemoryLevel, OpModel
+from costmodel.hardware import Band, Hardware, MemoryLevel, OpModel, RecordedModel
 from costmodel.ops import FORMULAS
 
 TINY = ["--layers", "2", "--d-model", "32", "--heads", "2", "--d-ff", "64"]
@@ -52,10 +52,11 @@ def profile(**changes: Any) -> Hardware:
         "vector_flops_per_s": {"float32": 1e12},
         "memory": (MemoryLevel("cache", 1e6, 1e11), MemoryLevel("memory", 1e9, 1e10)),
         "ops": dict.fromkeys(KINDS, op),
-        "bands": {"total": Band(0.9, 1.2)} | {name: Band(0.8, 1.5) for name in KINDS},
+        "recorded": RecordedModel(1e-5, 1e-7, 0.5),
+        "bands": {"total": Band(0.9, 1.2), "recorded": Band(0.8, 1.1)} | {name: Band(0.8, 1.5) for name in KINDS},
         "about": {
             "engine": "numpy", "threads": 1, "dtype": "float32", "passes": 3, "samples": 30, "global_efficiency": 2.0,
-            "residuals": {name: dict(RESIDUAL) for name in (*KINDS, "total")},
+            "residuals": {name: dict(RESIDUAL) for name in (*KINDS, "total", "recorded")},
         },
     }  # fmt: skip
     return Hardware(**given | changes)

@@ -7,14 +7,15 @@ from functools import cache
 
 import numpy as np
 import pytest
-from effref.calibration import CELLS, LARGE_CELLS, Cell
+from effref.calibration import CELLS, LARGE_CELLS, Cell, _measure, _model
 from strategies import fits
 
 import costmodel
 from costmodel.fit import HALVES, Pass, Sample, fit
-from costmodel.hardware import OpModel
-from costmodel.predict import Traffic, kind_of, predict, seconds_of_call
+from costmodel.hardware import OpModel, RecordedModel
+from costmodel.predict import Traffic, kind_of, parts_of_call, predict, seconds_of_call
 from refimpl.config import Workload, preset, presets
+from refimpl.engines import engine
 from refimpl.methods import CATALOG
 
 WIDTHS = {config.d_model for config in presets().values()}
@@ -60,9 +61,22 @@ def _gpu(op: str) -> OpModel:
     return OpModel(LAUNCH_S, MATMUL, VECTOR, dict.fromkeys(HALVES.get(op, ()), 96.0), NEAR, FAR, CACHE, overlaps=True)
 
 
+GRAPH = RecordedModel(start_s=9e-6, call_s=1.6e-6, work=0.95)
+
+
 def _seconds(op, cost) -> float:
     one = op.cost_of_one(2)
     return float(seconds_of_call(_gpu(op.name), op.sizes, one, Traffic.of(one, cost)))
+
+
+def _graph_seconds(cost) -> float:
+    """Of a pass replayed as a CUDA graph."""
+    seconds = GRAPH.start_s
+    for op in cost.ops:
+        one = op.cost_of_one(2)
+        _, compute, memory = parts_of_call(_gpu(op.name), op.sizes, one, Traffic.of(one, cost))
+        seconds += op.calls * (GRAPH.call_s + GRAPH.work * max(float(compute), float(memory)))
+    return seconds
 
 
 def _passes(cells: tuple[Cell, ...], noise: float) -> list[Pass]:
@@ -75,7 +89,14 @@ def _passes(cells: tuple[Cell, ...], noise: float) -> list[Pass]:
                 for op in cost.ops
             }
             total = sum(times[op.name, *op.sizes.values()][1] * op.calls for op in cost.ops)
-            found.append(Pass(cost, [Sample(op.name, op.sizes, seconds) for op, seconds in times.values()], total))
+            found.append(
+                Pass(
+                    cost,
+                    [Sample(op.name, op.sizes, seconds) for op, seconds in times.values()],
+                    total,
+                    _graph_seconds(cost) * float(np.exp(noise * rng.standard_normal())),
+                )
+            )
     return found
 
 
@@ -112,6 +133,14 @@ def test_the_constants_of_a_gpu_are_recovered() -> None:
     assert hardware.about["residuals"]["total"]["median_abs"] < 0.03
 
 
+@pytest.mark.parametrize(("model", "work"), UNSEEN)
+def test_graphs_of_a_gpu_are_predicted(model, work) -> None:
+    """Short passes, too, of which launches were most."""
+    cost = costmodel.estimate("dense", preset(model), work)
+    found = float(predict(cost, _fitted(large=True), recorded=True).total.seconds)
+    assert found == pytest.approx(_graph_seconds(cost), rel=0.08)
+
+
 def test_the_large_cells_are_needed(monkeypatch) -> None:
     """Without them a GPU is never full, and its rates are guessed."""
     monkeypatch.setattr("costmodel.fit.FOLDS", 0)  # no bands
@@ -128,3 +157,18 @@ def test_launches_overlap_with_work() -> None:
     calls = sum(op.calls for op in cost.ops)
     assert float(total.seconds) == pytest.approx(calls * LAUNCH_S, rel=0.05)
     assert str(total.bound) == "overhead"
+
+
+# --- recorded passes --------------------------------------------------------------------------------------------------
+
+
+def test_steps_are_timed_as_recorded_ones_where_they_can_be() -> None:
+    """Beside an ordinary step in turn; neither a prefill nor a method without instructions is recorded."""
+    methods = (("flash", {}), ("svd-softmax", {"decomposition": "gram"}))
+    sizes = {"d_model": 24, "heads": 3, "d_ff": 40, "vocab": 30}
+    cells = (Cell(_model("decoder", **sizes), kv_len=9, methods=methods), Cell(_model("decoder", **sizes), 9))
+    passes = _measure(cells, engine("numba"), "float32", 1e-9, lambda message, done: None)
+    recorded, *others = passes
+    assert recorded.estimate.method == "flash"
+    assert recorded.recorded_s > 0
+    assert [one.recorded_s for one in others] == [None] * len(others)

@@ -348,6 +348,8 @@ def test_calibration_finds_the_constants_of_the_device(effref, monkeypatch, cach
     for op in found["ops"].values():
         assert op["overlaps"]
         assert op["overhead_s"] == pytest.approx(OVERHEAD_S, rel=0.02)
+    assert found["recorded"]["call_s"] < 0.05 * OVERHEAD_S  # in a graph the host launches none
+    assert found["about"]["residuals"]["recorded"]["n"] == sum(len(cell.methods) for cell in SMALL)
     (place,) = (cache / "profiles").iterdir()
     assert place.name.endswith("-cupy-float16.json")
     again = effref(
@@ -355,6 +357,12 @@ def test_calibration_finds_the_constants_of_the_device(effref, monkeypatch, cach
     )
     assert "calibrat" not in again.stderr  # the profile is there
     assert json.loads(again.stdout)["accuracy"]["totals"]["median_abs"] < 0.02
+    graph = effref(
+        "measure", *RUN, *words, "--model", "bert-base", "--seq", "9,21", "--method", "dense", "--format", "json",
+        "--graph",
+    )  # fmt: skip
+    for before, after in zip(*(json.loads(run.stdout)["results"] for run in (again, graph)), strict=True):
+        assert after["total"]["predicted_s"] < 0.5 * before["total"]["predicted_s"]
     assert "cupy, " in effref("calibrate", *words, "--seconds", "0.1").stdout
 
 
@@ -368,7 +376,7 @@ def test_bandwidths_that_the_clock_or_graphs_do_not_tell_are_left_to_the_passes(
 
 
 def test_calibration_takes_what_fits(cupy) -> None:
-    few = calibration.fitting("float32", 3 << 30)
+    few = calibration.fitting("float32", 4 << 30)
     assert few[: len(calibration.CELLS)] == calibration.CELLS
     assert len(few) < len(calibration.CELLS + calibration.LARGE_CELLS)
     assert calibration.fitting("float32", 40 << 30) == calibration.CELLS + calibration.LARGE_CELLS

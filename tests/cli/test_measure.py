@@ -7,6 +7,7 @@ from typing import Any
 import effref as package
 import numpy as np
 import pytest
+from effref import calibration
 
 from refimpl.engines.recorded_step import RecordedStep
 from refimpl.errors import InputError, MissingDependencyError
@@ -43,11 +44,11 @@ def test_schema(effref, calibrated) -> None:
     assert found["context"]["threads"] == 1
 
 
-DECODE = [
-    "measure", "--phase", "decode", "--kv-len", "4,9", "--model", "smollm2-135m", "--layers", "2", "--d-model", "24",
-    "--heads", "6", "--kv-heads", "3", "--d-ff", "20", "--vocab", "50", "--engine", "numpy", "--threads", "1",
-    "--repeats", "2",
+STEP = [
+    "--phase", "decode", "--kv-len", "4,9", "--model", "smollm2-135m", "--layers", "2", "--d-model", "24",
+    "--heads", "6", "--kv-heads", "3", "--d-ff", "20", "--vocab", "50", "--threads", "1",
 ]  # fmt: skip
+DECODE = ["measure", *STEP, "--engine", "numpy", "--repeats", "2"]
 
 
 def test_decoding(effref, calibrated) -> None:
@@ -80,12 +81,44 @@ def test_recorded_steps_are_timed(effref, calibrated, monkeypatch) -> None:
     assert any("recorded and run as one compiled call" in note for note in found["notes"])
 
 
+def test_recorded_steps_are_predicted(effref, calibrated) -> None:
+    """Totals and what follows from them; components are of ordinary steps, as they are measured."""
+    words = [*STEP, "--engine", "numba", "--method", "dense,reuse", "--format", "json"]
+    plain, graph = (in_json(effref("measure", *words, *more))["results"] for more in ([], ["--graph"]))
+    estimated = in_json(effref("estimate", *words, "--graph"))
+    assert estimated["config"]["graph"]
+    alone = sorted(estimated["results"], key=lambda one: one["method"])  # which come by lengths
+    for before, after, said in zip(plain, graph, alone, strict=True):
+        rows = zip(before["components"], after["components"], strict=True)
+        assert all(ordinary["predicted_s"] == row["predicted_s"] for ordinary, row in rows)
+        calls, total = after["total"]["calls"], after["total"]["predicted_s"]
+        ordinary = before["total"]["predicted_s"]
+        assert total == pytest.approx(1e-5 + 0.5 * (ordinary - calls * 1e-6) + calls * 1e-7)
+        assert after["total"]["predicted_high_s"] == pytest.approx(1.1 * total)
+        assert after["tokens_per_s"]["predicted"] == pytest.approx(1 / total)
+        assert (said["total"]["predicted_s"], said["speedup"]["dense"]["predicted"]) == (
+            total, after["speedup"]["dense"]["predicted"]
+        )  # fmt: skip
+        assert after["method"] == "dense" or after["speedup"] != before["speedup"]
+
+
+def test_a_profile_without_recorded_steps_is_refused_at_once(effref, monkeypatch) -> None:
+    monkeypatch.setattr(calibration, "calibrate", lambda *given, **named: profile(recorded=None))
+    said = error_of(effref(*DECODE, "--engine", "numba", "--graph"))
+    assert "the profile 'local' knows no recorded passes; run 'effref calibrate' again" in said
+
+
+def test_what_cannot_be_recorded_is_refused_before_calibrating(effref, calibrated) -> None:
+    error_of(effref(*DECODE, "--engine", "numba", "--graph", "--method", "latte"))
+    assert calibrated == []
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (
             ["--method", "latte"],
-            "latte: the step cannot be recorded on the CPU: the op 'filtered_attention' has no instruction",
+            "latte: the step cannot be recorded on the CPU: the op 'quantize' has no instruction",
         ),
         (["--steps", "2"], "--graph replays one pass: give --steps 1"),
         (["--batch", "9"], "the step cannot be recorded on the CPU: it has 9 sequences, and up to 8 can be recorded"),

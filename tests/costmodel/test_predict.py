@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,9 @@ from strategies import fits
 
 from costmodel import estimate
 from costmodel.fit import HALVES, Pass, Sample, bare_roofline, fit
-from costmodel.hardware import Band, MemoryLevel, OpModel, load_hardware, presets
+from costmodel.hardware import Band, MemoryLevel, OpModel, RecordedModel, load_hardware, presets
 from costmodel.ops import FORMULAS
-from costmodel.predict import Traffic, predict, seconds_of_call, spec_bandwidth
+from costmodel.predict import Traffic, parts_of_call, predict, seconds_of_call, spec_bandwidth
 from refimpl.config import ModelConfig, Workload, preset
 from refimpl.errors import ConfigError, UnsupportedError
 from refimpl.methods import CATALOG
@@ -122,12 +123,28 @@ def _true_seconds(cost: Any, op: Any) -> Any:
     return seconds_of_call(_truth(op.name), op.sizes, one, Traffic.of(one, cost))
 
 
+RECORDED = RecordedModel(start_s=3e-5, call_s=4e-6, work=0.8)
+
+
+def _true_recorded_s(cost: Any) -> float:
+    """Of a recorded pass: each op's work, with another overhead."""
+    seconds = RECORDED.start_s
+    for op in cost.ops:
+        one = op.cost_of_one(4)
+        _, compute, memory = parts_of_call(_truth(op.name), op.sizes, one, Traffic.of(one, cost))
+        seconds += op.calls * (RECORDED.call_s + RECORDED.work * float(np.maximum(compute, memory)))
+    return seconds
+
+
 def _passes(noise: float, seed: int = 0) -> list[Pass]:
     """Synthetic passes of a machine whose constants are known."""
     rng = np.random.default_rng(seed)
     passes = []
-    for d_model, seq in [(64, 40), (128, 900), (192, 200), (320, 1500), (256, 60), (448, 480), (96, 2200), (512, 128)]:
-        config = ModelConfig("synthetic", "post-norm", 2, d_model, d_model // 32, 4 * d_model, vocab=50)
+    for layers, d_model, seq in [
+        (2, 64, 40), (2, 128, 900), (2, 192, 200), (2, 320, 1500), (2, 256, 60), (2, 448, 480), (2, 96, 2200),
+        (10, 128, 50), (2, 512, 128),
+    ]:  # fmt: skip
+        config = ModelConfig("synthetic", "post-norm", layers, d_model, d_model // 32, 4 * d_model, vocab=50)
         for method in ("dense", "flash"):
             cost = estimate(method, config, Workload(seq))
             times = {
@@ -137,7 +154,8 @@ def _passes(noise: float, seed: int = 0) -> list[Pass]:
             }
             samples = [Sample(op.name, op.sizes, times[op.name, *op.sizes.values()]) for op in cost.ops]
             total = sum(times[op.name, *op.sizes.values()] * op.calls for op in cost.ops)
-            passes.append(Pass(cost, samples, total))
+            recorded = _true_recorded_s(cost) * float(np.exp(noise * rng.standard_normal()))
+            passes.append(Pass(cost, samples, total, recorded))
     return passes
 
 
@@ -157,7 +175,37 @@ def test_fit_recovers_the_time_of_a_known_machine(noise: float, tolerance: float
             assert total.low <= total.seconds * 1.05
             assert total.high >= total.seconds * 0.95
     assert hardware.about["residuals"]["total"]["median_abs"] < tolerance
-    assert set(hardware.ops) == set(hardware.bands) - {"total"}
+    assert set(hardware.ops) == set(hardware.bands) - {"total", "recorded"}
+
+
+@pytest.mark.parametrize(("noise", "tolerance"), [(0.0, 0.06), (0.03, 0.12)])
+def test_fit_recovers_the_time_of_recorded_passes(noise: float, tolerance: float) -> None:
+    """Where ordinary passes take up to 2.7 times as long, and on no model that was fitted."""
+    hardware = fit(_passes(noise), 4, kind="cpu", about=ABOUT)
+    for layers, d_model, seq in ((3, 384, 700), (6, 224, 300), (12, 64, 40)):
+        config = ModelConfig("other", "post-norm", layers, d_model, d_model // 32, 4 * d_model, vocab=50)
+        cost = estimate("flash", config, Workload(seq))
+        found = predict(cost, hardware, recorded=True)
+        assert float(found.total.seconds) == pytest.approx(_true_recorded_s(cost), rel=tolerance)
+        assert found.total.low == pytest.approx(found.total.seconds * hardware.bands["recorded"].low)
+        parts = sum(float(seconds.seconds) for seconds in found.by_component().values())
+        assert parts + hardware.recorded.start_s == pytest.approx(float(found.total.seconds))
+    ordinary = float(predict(cost, hardware).total.seconds)
+    assert ordinary > 2.5 * float(found.total.seconds)
+    assert hardware.about["residuals"]["recorded"]["median_abs"] < tolerance
+
+
+def test_without_recorded_passes_none_are_predicted() -> None:
+    passes = [dataclasses.replace(one, recorded_s=None) for one in _passes(0.0)]
+    hardware = fit(passes, 4, kind="cpu", about=ABOUT)
+    assert hardware.recorded is None
+    assert "recorded" not in {**hardware.bands, **hardware.about["residuals"]}
+    cost = estimate("dense", MINILM, Workload(64))
+    with pytest.raises(UnsupportedError, match="knows no recorded passes; run 'effref calibrate' again"):
+        predict(cost, hardware, recorded=True)
+    for preset_ in (presets()["l4"], bare_roofline(fit(_passes(0.0), 4, kind="cpu", about=ABOUT))):
+        again, once = (predict(cost, preset_, recorded=recorded).total for recorded in (True, False))
+        assert again == once  # no overheads, the same bound
 
 
 def test_a_bias_seen_on_few_rows_does_not_take_the_whole_time() -> None:
@@ -191,6 +239,12 @@ def test_profile_survives_the_file_and_refuses_others(tmp_path: Any) -> None:
     path = tmp_path / "profile.json"
     path.write_text(hardware.to_json())
     assert load_hardware(str(path)) == hardware
+    assert hardware.recorded is not None
+    before = json.loads(hardware.to_json())
+    del before["recorded"]  # as profiles were written before there were recorded passes
+    path.write_text(json.dumps(before))
+    assert load_hardware(str(path)) == dataclasses.replace(hardware, recorded=None)
+    path.write_text(hardware.to_json())
     for text in ("", "[]", "{}", "null", path.read_text()[:-40], path.read_text().replace('"ops"', '"opz"')):
         path.write_text(text)
         with pytest.raises(ConfigError, match="calibrate"):
