@@ -108,6 +108,8 @@ def heading(document: Mapping[str, Any]) -> str:
     work = config["phase"]
     if "kv_len" in config:
         work = f"decode, {_steps_text(config)} a pass after S cached positions"
+    if config.get("graph"):
+        work += ", recorded"
     return (
         f"{model['name']}: {shape}{kv}, feed-forward {model['d_ff']}; batch {config['batch']}, {config['dtype']}, "
         f"{work}{causal}\n"
@@ -338,7 +340,8 @@ def measure_blocks(document: Mapping[str, Any], baselines: Sequence[str]) -> lis
     for of_method in by_method(results).values():
         chunks = [of_method[start : start + ACROSS] for start in range(0, len(of_method), ACROSS)]
         blocks += [_measure_grid(chunk) for chunk in chunks]
-    blocks += [_measure_summary(results, baselines), accuracy_table(document["accuracy"])]
+    kind = "recorded passes" if document["config"]["graph"] else "passes without instruments"
+    blocks += [_measure_summary(results, baselines, kind), accuracy_table(document["accuracy"])]
     flags = [f"{result['method']} at {place_of(result)}, {flag}" for result in results for flag in result["flags"]]
     blocks += _unnamed(document, baselines, "run")
     return [*blocks, *(["Above the roof:\n" + "\n".join(flags)] if flags else [])]
@@ -358,7 +361,7 @@ def _measure_grid(results: Sequence[Mapping[str, Any]]) -> Table:
     )
 
 
-def _measure_summary(results: Sequence[Mapping[str, Any]], baselines: Sequence[str]) -> Table:
+def _measure_summary(results: Sequence[Mapping[str, Any]], baselines: Sequence[str], kind: str) -> Table:
     totals = [result["total"] for result in results]
     medians = [total["measured_s"]["median"] for total in totals]
     shortest = min(medians)
@@ -381,7 +384,7 @@ def _measure_summary(results: Sequence[Mapping[str, Any]], baselines: Sequence[s
     n = len(baselines)
     ratios = [("speed-up", n), ("predicted", n)] if n else []
     return Table(
-        "totals of passes without instruments, and fidelity against exact attention",
+        f"totals of {kind}, and fidelity against exact attention",
         headers,
         rows,
         groups=[("", 7), *ratios, ("fidelity", 2), *([("", len(decoding))] if decoding else [])],

@@ -20,7 +20,7 @@ def table() -> str:
     ]
     for name, document in documents.items():
         found = document.get("accuracy")
-        if found is None or document["config"].get("graph"):  # no predictions, or of other passes than were timed
+        if found is None:  # not of predictions
             continue
         lengths = ", ".join(map(str, sorted({one.get("kv_len", one["seq"]) for one in document["results"]})))
         rivals = [percent(found[rival]["totals"]["median_abs"]) for rival in ("bare_roofline", "global_efficiency")]

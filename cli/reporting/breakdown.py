@@ -33,7 +33,7 @@ def card(group: Group, key: str) -> Card | None:
             panels.append(drawn.panel(f"{key}-{place}{'s' if share else 'a'}"))
     names = components_of(lines)
     pair = "the left bar is predicted, the right one measured" if measured else "bars are predicted"
-    spread = ", and of measured passes: dots are totals without instruments" if measured else ""
+    spread = ", and of measured passes: dots are totals without instruments, or of recorded passes" if measured else ""
     return Card(
         key,
         "Where the time goes",

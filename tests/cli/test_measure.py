@@ -100,6 +100,7 @@ def test_recorded_steps_are_predicted(effref, calibrated) -> None:
             total, after["speedup"]["dense"]["predicted"]
         )  # fmt: skip
         assert after["method"] == "dense" or after["speedup"] != before["speedup"]
+    assert "totals of recorded passes, and fidelity" in effref("measure", *words[:-2], "--graph").stdout
 
 
 def test_a_profile_without_recorded_steps_is_refused_at_once(effref, monkeypatch) -> None:
