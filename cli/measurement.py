@@ -87,17 +87,21 @@ class Timing:
 
     def check(self, request: Request) -> None:
         """Raise ConfigError for what the device or the passes do not have."""
-        if request.device != "gpu":
+        self.check_device(request.device, request.engine, request.decodes)
+        if self.graph and (request.steps > 1 or request.config.streams):
+            raise ConfigError("--graph replays one pass: give --steps 1 and a model that does not stream")
+
+    def check_device(self, device: str, engine: str, decodes: bool) -> None:
+        """Raise ConfigError for what no pass on a device has."""
+        if device != "gpu":
             for given, name in ((self.l2 == "cold", "--l2 cold"), (self.fuse, "--fuse")):
                 if given:
                     raise ConfigError(f"{name} is for GPUs: add --device gpu, or leave it away")
-            if self.graph and not (request.decodes and request.engine == "numba"):
+            if self.graph and not (decodes and engine == "numba"):
                 raise ConfigError(
-                    "--graph is for GPUs and, on the CPU, for decoding with the engine 'numba': add --device gpu or "
-                    "--phase decode, or leave it away"
+                    "--graph is for GPUs and, on the CPU, for decoding with the engine 'numba': add --device gpu, "
+                    "take the phase 'decode', or leave it away"
                 )
-        if self.graph and (request.steps > 1 or request.config.streams):
-            raise ConfigError("--graph replays one pass: give --steps 1 and a model that does not stream")
 
 
 def measure(
