@@ -235,7 +235,7 @@ def measured(
     document = results.document(request, machine, found, progress.notes)
     document["config"] |= {**vars(timing), "input": str(source.path) if source.path else "seeded random"}
     document["accuracy"] = results.accuracy(found) | _rivals(bench, found)
-    return document | ended | ({"context": seen} if seen else {})
+    return document | ended | {"context": seen}
 
 
 def _what_fits(request: Request, timing: Timing, progress: Progress) -> tuple[str, ...]:
