@@ -25,15 +25,7 @@ GATE_FAILED = 1
 @options.gpu_options
 @options.hardware_option
 @options.timing_options
-@click.option(
-    "--l2",
-    metavar="NAME",
-    default="warm",
-    show_default=True,
-    help="warm or cold: overwrite the GPU's cache before each pass.",
-)
-@click.option("--graph", is_flag=True, help="Totals of recorded passes: CUDA graphs, or steps.")
-@click.option("--fuse", is_flag=True, help="In these, pairs of ops as one kernel: an add with its norm, and the like.")
+@options.passes_options
 @options.output_options("table", "json", "csv", "md")
 @options.plot_option
 @click.option(

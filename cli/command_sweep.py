@@ -35,12 +35,13 @@ def _example(ctx: click.Context, _parameter: click.Parameter, given: bool) -> No
 @options.engine_options
 @options.gpu_options
 @options.repeats_option
-@click.option("--warmup", type=click.IntRange(0), metavar="N", default=1, show_default=True, help="Before them.")
+@options.warmup_option
 @click.option(
     "--max-seconds", type=options.Number(0, min_open=True), metavar="S", default=10.0, show_default=True,
     help="For the passes of each point.",
 )  # fmt: skip
 @options.seed_option
+@options.passes_options
 @click.option(
     "--format", "form", type=click.Choice(("table", "csv", "json", "md")), help="Of --pareto's list.  [table]"
 )
@@ -48,8 +49,8 @@ def _example(ctx: click.Context, _parameter: click.Parameter, given: bool) -> No
 @options.quiet_option
 def command(
     grid: Path, mode: str, pareto: str | None, cluster: str | None, device: str | None, engine: str | None,
-    threads: int | None, repeats: int | None, warmup: int, max_seconds: float, seed: int, form: str | None,
-    path: Path | None, quiet: bool,
+    threads: int | None, repeats: int | None, warmup: int, max_seconds: float, seed: int, l2: str, graph: bool,
+    fuse: bool, form: str | None, path: Path | None, quiet: bool,
 ) -> int:  # fmt: skip
     """Estimate or measure every point of a design space and write one row for each.
 
@@ -64,21 +65,23 @@ def command(
       effref sweep grid.toml --pareto time,memory
       effref sweep grid.toml --mode measure --output measured.csv
       effref sweep grid.toml --mode measure --output measured.csv --cluster tcp://10.0.0.1:8786
+      effref sweep grid.toml --mode measure --output recorded.csv --device gpu --graph
     """
     from . import grid as axes
     from . import render_sweep
     from .context import cores
-    from .sweeping import Plan, estimated, opened
+    from .sweeping import Plan, Timing, estimated, opened
 
     progress = Progress.on_stderr(quiet)
     objectives = parse_names(pareto) if pareto is not None else ()
     if form and not objectives:
         raise click.UsageError("--format is of --pareto's list; rows are CSV, or what the suffix of --output says")
-    plan = Plan(axes.read(grid), path, mode, objectives, cluster, device, engine, threads, processes=cores())
+    timing = Timing(repeats, warmup, max_seconds, seed, l2, graph, fuse)
+    plan = Plan(axes.read(grid), path, mode, objectives, cluster, device, engine, threads, timing, processes=cores())
     if mode == "measure":
-        from .sweep_measure import Timing, measured
+        from .sweep_measure import measured
 
-        summary = measured(plan, Timing(repeats, warmup, max_seconds, seed), progress)
+        summary = measured(plan, progress)
     else:
         with opened(path, None if objectives else sys.stdout) as writer:
             summary = estimated(plan, writer, progress)

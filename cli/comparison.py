@@ -205,7 +205,7 @@ def compared(plan: Plan, hardware: str | Hardware | None, progress: Progress) ->
         "calibration": material.calibration_source,
         "decode": {"kv_len": bench.kv_len, "steps": 1} if bench.decoding else None,
     }  # fmt: skip
-    return document | ended | ({"context": seen} if seen else {})
+    return document | ended | {"context": seen or {}}
 
 
 def _check_memory(plan: Plan, sequences: int) -> None:

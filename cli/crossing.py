@@ -179,7 +179,7 @@ def found(
     rows = _rows(forecast, named, searches)
     document = _document(request, axis, machine, named, rows, progress)
     document["config"] |= {**vars(timing), "input": str(source.path) if source.path else "seeded random"}
-    return document | ended | ({"context": seen} if seen else {})
+    return document | ended | {"context": seen}
 
 
 def _searched(

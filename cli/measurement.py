@@ -33,7 +33,7 @@ from . import context, endings, gpu, machines, results
 from .agreement import agreement
 from .preparation import prepared
 from .progress import Progress
-from .request import BASELINES, METHODS, Request, resolve
+from .request import BASELINES, METHODS, Request, check_records, resolve
 from .results import Samples
 
 SECONDS = 40.0
@@ -87,11 +87,17 @@ class Timing:
 
     def check(self, request: Request) -> None:
         """Raise ConfigError or UnsupportedError for what the device or the passes do not have."""
-        for given, name in ((self.l2 == "cold", "--l2 cold"), (self.fuse, "--fuse")):
-            if given and request.device != "gpu":
-                raise ConfigError(f"{name} is for GPUs: add --device gpu, or leave it away")
+        self.check_device(request.device, request.engine, request.decodes)
         if self.graph:
             request.check_recorded()
+
+    def check_device(self, device: str, engine: str, decodes: bool) -> None:
+        """Raise ConfigError for what no pass on a device has."""
+        for given, name in ((self.l2 == "cold", "--l2 cold"), (self.fuse, "--fuse")):
+            if given and device != "gpu":
+                raise ConfigError(f"{name} is for GPUs: add --device gpu, or leave it away")
+        if self.graph:
+            check_records(device, engine, decodes)
 
 
 def measure(
@@ -135,7 +141,7 @@ def measure(
     device, engine, threads
         Default ``numba`` on all cores of the CPU.
     repeats, warmup, max_seconds, seed, l2, graph, fuse
-        See `Timing`; the last three are for GPUs.
+        See `Timing`.
 
     Returns
     -------
@@ -225,7 +231,7 @@ def measured(
     document = results.document(request, machine, found, progress.notes)
     document["config"] |= {**vars(timing), "input": str(source.path) if source.path else "seeded random"}
     document["accuracy"] = results.accuracy(found) | _rivals(bench, found)
-    return document | ended | ({"context": seen} if seen else {})
+    return document | ended | {"context": seen}
 
 
 def _what_fits(request: Request, timing: Timing, progress: Progress) -> tuple[str, ...]:

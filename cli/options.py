@@ -182,11 +182,24 @@ seed_option = click.option(
     "--seed", type=click.IntRange(0), metavar="N", default=0, show_default=True, help="Of weights and inputs."
 )
 
-timing_options = _group(
-    repeats_option,
-    click.option("--warmup", type=click.IntRange(0), metavar="N", default=1, show_default=True, help="Before them."),
-    max_seconds_option,
-    seed_option,
+warmup_option = click.option(
+    "--warmup", type=click.IntRange(0), metavar="N", default=1, show_default=True, help="Before them."
+)
+
+timing_options = _group(repeats_option, warmup_option, max_seconds_option, seed_option)
+
+passes_options = _group(
+    click.option(
+        "--l2",
+        metavar="NAME",
+        default="warm",
+        show_default=True,
+        help="warm or cold: overwrite the GPU's cache before each pass.",
+    ),
+    click.option("--graph", is_flag=True, help="Totals of recorded passes: CUDA graphs, or steps."),
+    click.option(
+        "--fuse", is_flag=True, help="In these, pairs of ops as one kernel: an add with its norm, and the like."
+    ),
 )
 
 quiet_option = click.option("--quiet", is_flag=True, help="Nothing on stderr but errors.")

@@ -71,11 +71,7 @@ class Request:
 
     def check_recorded(self) -> None:
         """Raise ConfigError or UnsupportedError where no pass of these can be a recorded one."""
-        if self.device != "gpu" and not (self.decodes and self.engine == "numba"):
-            raise ConfigError(
-                "--graph is for GPUs and, on the CPU, for decoding with the engine 'numba': add --device gpu or "
-                "--phase decode, or leave it away"
-            )
+        check_records(self.device, self.engine, self.decodes)
         if self.steps > 1 or self.config.streams:
             raise ConfigError("--graph replays one pass: give --steps 1 and a model that does not stream")
         if self.device != "gpu":
@@ -252,6 +248,15 @@ def params_of(method: str, given: Mapping[str, Mapping[str, Any]]) -> Mapping[st
     """What is given for a method: its parameters; for several combined, those of each by its name."""
     names = members(method)
     return given.get(names[0]) if len(names) == 1 else {name: given[name] for name in names if name in given}
+
+
+def check_records(device: str, engine: str, decodes: bool) -> None:
+    """Raise ConfigError where an engine records no pass of this kind."""
+    if device != "gpu" and not (decodes and engine == "numba"):
+        raise ConfigError(
+            "--graph is for GPUs and, on the CPU, for decoding with the engine 'numba': add --device gpu, take the "
+            "phase 'decode', or leave it away"
+        )
 
 
 def check_dtype(engine: str, dtype: str) -> None:

@@ -20,24 +20,14 @@ from .files import OutputError
 from .grid import Block, Grid
 from .progress import Progress
 from .request import device_and_engine
-from .sweep_rows import MEASURE_COLUMNS, ParquetWriter, line, parsed
-from .sweeping import Plan, Summary, refuse_empty, sidecar
+from .sweep_rows import MEASURE_COLUMNS, PASSES, ParquetWriter, line, parsed
+from .sweeping import Plan, Summary, Timing, refuse_empty, sidecar
 
 if sys.platform != "win32":
     import fcntl
 
-SECONDS = 10.0  # for the passes of one point
 VERSION = 1  # of the sidecar
-
-
-@dataclass(frozen=True)
-class Timing:
-    """How long and how often each point is measured; see `effref.measure`."""
-
-    repeats: int | None = None
-    warmup: int = 1
-    max_seconds: float = SECONDS
-    seed: int = 0
+BEFORE = tuple(name for name in MEASURE_COLUMNS if name not in PASSES)  # columns of files from when passes were usual
 
 
 @dataclass(frozen=True)
@@ -48,7 +38,7 @@ class Point:
     request: Mapping[str, Any]
 
     @classmethod
-    def of(cls, block: Block, index: int, plan: Plan, timing: Timing) -> Point:
+    def of(cls, block: Block, index: int, plan: Plan) -> Point:
         """The point at an index of a block."""
         batch, length = block.workload(index)
         work = block.work
@@ -57,7 +47,7 @@ class Point:
             "model": block.model, "method": block.method, "params": {block.method: dict(block.params)},
             "overrides": dict(block.sizes), "batch": batch, "dtype": work.dtype, "phase": work.phase,
             "causal": work.causal, "hardware": block.hardware[0], "device": plan.device, "engine": plan.engine,
-            "threads": plan.threads, **lengths, **asdict(timing),
+            "threads": plan.threads, **lengths, **plan.timing.arguments,
         }  # fmt: skip
         return cls(block.first + index, given)
 
@@ -71,12 +61,12 @@ class Outcome:
     reason: str = ""
 
 
-def points_of(plan: Plan, timing: Timing, done: Mapping[int, Any]) -> Iterator[Point]:
+def points_of(plan: Plan, done: Mapping[int, Any]) -> Iterator[Point]:
     """Those that are not done."""
     for block in plan.grid.blocks():
         for index in range(block.size):
             if block.first + index not in done:
-                yield Point.of(block, index, plan, timing)
+                yield Point.of(block, index, plan)
 
 
 def measure_point(point: Point) -> Outcome:
@@ -128,21 +118,23 @@ def row_of(number: int, document: Mapping[str, Any]) -> dict[str, Any]:
         **{name: context[name] for name in ("host", "cpu", "date")},
         "gpu": context["gpu"] if result["device"] == "gpu" else None,
         "notes": "; ".join([*document["notes"], *result["flags"]]),
+        **{name: config[name] for name in PASSES},
     }
 
 
-def measured(plan: Plan, timing: Timing, progress: Progress) -> Summary:
+def measured(plan: Plan, progress: Progress) -> Summary:
     """Measure what is not in the file yet; with Ctrl-C what is done stays there."""
     assert plan.path is not None  # a plan that measures has one
     if plan.cluster is None:  # on a cluster the workers need a GPU, not this machine
         machines.require(device_and_engine(plan.device, plan.engine)[1])
     summary = Summary(plan.grid.size)
-    checksum = plan.grid.checksum(device=plan.device, engine=plan.engine, threads=plan.threads, **asdict(timing))
+    run = {"device": plan.device, "engine": plan.engine, "threads": plan.threads, **plan.timing.arguments}
+    checksum = plan.grid.checksum(**run)
     with Journal(plan.path, checksum, plan.grid) as journal:
         if journal.rows:
             progress.line(f"{plan.path} holds {len(journal.rows)} of {summary.points} points; the others follow")
         try:
-            _fill(journal, plan, timing, summary, progress)
+            _fill(journal, plan, summary, progress)
         except KeyboardInterrupt:
             summary.interrupted = True
         progress.done()
@@ -155,8 +147,8 @@ def measured(plan: Plan, timing: Timing, progress: Progress) -> Summary:
     return summary
 
 
-def _fill(journal: Journal, plan: Plan, timing: Timing, summary: Summary, progress: Progress) -> None:
-    outcomes = _outcomes(plan, points_of(plan, timing, journal.rows))
+def _fill(journal: Journal, plan: Plan, summary: Summary, progress: Progress) -> None:
+    outcomes = _outcomes(plan, points_of(plan, journal.rows))
     progress.stage(f"measuring {summary.points - len(journal.rows)} points")
     for outcome in outcomes:
         if outcome.row is None:
@@ -205,12 +197,15 @@ class Journal:
     ----------
     rows : dict
         Number of the point -> its row.
+    columns : sequence of str
+        Of the file, which may have been begun when there were fewer.
     """
 
     def __init__(self, path: Path, checksum: str, grid: Grid) -> None:
         self.target, self.checksum, self.grid = path, checksum, grid
         self.path = path.with_name(path.name + ".rows.csv") if path.suffix.lower() == ".parquet" else path
         self.rows: dict[int, Mapping[str, Any]] = {}
+        self.columns = tuple(MEASURE_COLUMNS)
 
     def __enter__(self) -> Journal:
         begun = self._check_sidecar()
@@ -232,7 +227,7 @@ class Journal:
                 }  # fmt: skip
                 files.write_text(sidecar(self.target), json.dumps(about, indent=1, default=str) + "\n")
             if self.file.tell() == 0:
-                self._append(",".join(MEASURE_COLUMNS) + "\n")
+                self._append(",".join(self.columns) + "\n")
         except BaseException:
             self.file.close()
             raise
@@ -254,7 +249,7 @@ class Journal:
         number = row["point"]
         if number in self.rows:
             return
-        self._append(line(row, MEASURE_COLUMNS))
+        self._append(line(row, self.columns))
         self.rows[number] = {name: row.get(name) for name in MEASURE_COLUMNS}
 
     def as_parquet(self, path: Path) -> None:
@@ -311,7 +306,9 @@ class Journal:
             self.file.truncate(len(whole))
         self.file.seek(0, os.SEEK_END)
         lines = whole.decode("utf-8", errors="replace").splitlines()
-        if lines and lines[0] != ",".join(MEASURE_COLUMNS):
+        if lines:
+            self.columns = tuple(lines[0].split(","))
+        if self.columns not in (tuple(MEASURE_COLUMNS), BEFORE):
             raise ConfigError(f"{self.path} has other columns than this version of effref: name another --output")
         for place, text in enumerate(lines[1:], 2):
             row = self._row(text, place)
@@ -322,7 +319,7 @@ class Journal:
 
         try:
             cells = next(csv.reader([text], strict=True))
-            row = {name: parsed(name, cell) for name, cell in zip(MEASURE_COLUMNS, cells, strict=True)}
+            row = Timing().passes | {name: parsed(name, cell) for name, cell in zip(self.columns, cells, strict=True)}
             if not 0 <= row["point"] < self.grid.size or row["point"] in self.rows:
                 raise ValueError(f"point {row['point']} is not of the grid, or there twice")
         except (ValueError, KeyError, TypeError, StopIteration, csv.Error) as error:

@@ -30,8 +30,9 @@ MEASURED = {
     "rel_l2": "float", "cosine": "float", "max_abs": "float", "host": "text", "cpu": "text", "gpu": "text",
     "date": "text", "notes": "text",
 }  # fmt: skip
+PASSES = {"l2": "text", "graph": "bool", "fuse": "bool"}
 ESTIMATE_COLUMNS = POINT | PREDICTED
-MEASURE_COLUMNS = ESTIMATE_COLUMNS | MEASURED
+MEASURE_COLUMNS = ESTIMATE_COLUMNS | MEASURED | PASSES
 FORMS = {"int": "%d", "float": "%r", "text": "%s"}
 LARGEST = 2**63 - 1
 ROW_GROUP = 1 << 17  # rows of a Parquet file that are written together

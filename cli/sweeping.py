@@ -16,8 +16,9 @@ from refimpl.errors import ConfigError, unknown
 from . import files, grid, pareto
 from .grid import Grid
 from .progress import Progress
+from .request import device_and_engine
 from .sweep_estimate import Estimator, Part, chosen_machines, in_processes, parts_of
-from .sweep_rows import ESTIMATE_COLUMNS, CSVWriter, ParquetWriter, Rows, Writer, require_pyarrow
+from .sweep_rows import ESTIMATE_COLUMNS, PASSES, CSVWriter, ParquetWriter, Rows, Writer, require_pyarrow
 
 MODES = ("estimate", "measure")
 SUFFIXES = (".csv", ".parquet")
@@ -29,6 +30,7 @@ OBJECTIVES = {
 EVALUATION_S, POINT_S = 3e-3, 1e-5  # about what an evaluation takes, and a point's own part of it with its row
 LONG_S = 2.0  # from which further processes are worth starting
 MOST_COMPARED = 50_000_000  # points whose objectives are kept in memory
+SECONDS = 10.0  # for the passes of one measured point
 
 
 @dataclass
@@ -68,6 +70,9 @@ def sweep(
     warmup: int = 1,
     max_seconds: float | None = None,
     seed: int = 0,
+    l2: str = "warm",
+    graph: bool = False,
+    fuse: bool = False,
 ) -> Summary:
     """Estimate or measure every point of a design space.
 
@@ -84,7 +89,7 @@ def sweep(
         Address of a Dask scheduler whose workers do the work.
     device, engine, threads
         As for `effref.estimate` and `effref.measure`.
-    repeats, warmup, max_seconds, seed
+    repeats, warmup, max_seconds, seed, l2, graph, fuse
         Of each measured point; see `effref.measure`. Default `max_seconds` 10.
 
     Returns
@@ -100,14 +105,39 @@ def sweep(
     """
     axes = grid.from_table(design_space) if isinstance(design_space, Mapping) else grid.read(Path(design_space))
     path = None if output is None else Path(output)
-    plan = Plan(axes, path, mode, tuple(objectives), cluster, device, engine, threads)
+    seconds = SECONDS if max_seconds is None else max_seconds
+    timing = Timing(repeats, warmup, seconds, seed, l2, graph, fuse)
+    plan = Plan(axes, path, mode, tuple(objectives), cluster, device, engine, threads, timing)
     if mode == "estimate":
         with opened(path) as writer:
             return estimated(plan, writer, Progress())
-    from .sweep_measure import SECONDS, Timing, measured
+    from .sweep_measure import measured
 
-    timing = Timing(repeats, warmup, SECONDS if max_seconds is None else max_seconds, seed)
-    return measured(plan, timing, Progress())
+    return measured(plan, Progress())
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long, how often and on which passes each point is measured; see `effref.measure`."""
+
+    repeats: int | None = None
+    warmup: int = 1
+    max_seconds: float = SECONDS
+    seed: int = 0
+    l2: str = "warm"
+    graph: bool = False
+    fuse: bool = False
+
+    @property
+    def passes(self) -> dict[str, Any]:
+        """What a row says of its passes."""
+        return {name: getattr(self, name) for name in PASSES}
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Those of `effref.measure`, without usual passes: a file begun before there were others stays of its sweep."""
+        usual = Timing().passes
+        return {name: value for name, value in vars(self).items() if name not in usual or value != usual[name]}
 
 
 @dataclass(frozen=True)
@@ -128,6 +158,7 @@ class Plan:
     device: str | None = None
     engine: str | None = None
     threads: int | None = None
+    timing: Timing = field(default_factory=Timing)
     processes: int = 1
 
     def __post_init__(self) -> None:
@@ -149,6 +180,10 @@ class Plan:
             raise ConfigError("--cluster is empty; give the address of a Dask scheduler, as tcp://10.0.0.1:8786")
         if self.mode == "measure":
             self._check_measuring()
+        elif self.timing.passes != Timing().passes:
+            raise ConfigError(
+                "--l2, --graph and --fuse are for measured passes: add --mode measure, or leave them away"
+            )
         if self.path:
             check_path(self.path)
 
@@ -160,6 +195,10 @@ class Plan:
                 f"[hardware] names {len(self.grid.hardware)}; measuring compares with one, by default the machine's "
                 "own profile: leave [hardware] out"
             )
+        from .measurement import Timing as Measured
+
+        every = Measured(**{**vars(self.timing), "repeats": self.timing.repeats or 1})
+        every.check_device(*device_and_engine(self.device, self.engine), "decode" in self.grid.phases)
 
     def columns(self) -> list[str]:
         """Those of the objectives."""

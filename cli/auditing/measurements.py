@@ -94,7 +94,7 @@ class Lab:
         if "out_of_memory" in document:
             raise UnsupportedError(document["out_of_memory"])
         self.interrupted = self.interrupted or "interrupted" in document
-        self.gpu = document.get("context", {}).get("gpu_state", {}).get("name") or self.gpu
+        self.gpu = document["context"].get("gpu_state", {}).get("name") or self.gpu
         return document
 
     def once(self, key: str, run: Callable[[], Any]) -> Any:

@@ -297,6 +297,26 @@ def test_a_cold_cache_is_overwritten_before_each_pass(on_gpu, cupy, monkeypatch)
     assert len(cleared) == 10
 
 
+def test_a_sweep_times_the_passes_that_were_asked_for(on_gpu, cupy, tmp_path, monkeypatch) -> None:
+    cleared = []
+    original = SimulatedGpu.clear_cache
+    monkeypatch.setattr(SimulatedGpu, "clear_cache", lambda self: cleared.append(1) or original(self))
+    grid, path = tmp_path / "grid.toml", tmp_path / "rows.csv"
+    sizes = "layers = 1\nd_model = 16\nheads = 2\nd_ff = 16\nvocab = 50"
+    grid.write_text(f"[model]\nname = 'minilm-l6'\n{sizes}\n[workload]\nseq = 16\n[method.dense]\n[method.attmemo]\n")
+    words = ["sweep", str(grid), "--device", "gpu", "--mode", "measure", "--warmup", "0", "--repeats", "1"]
+    result = on_gpu(*words, "--graph", "--fuse", "--l2", "cold", "--output", str(path))
+    assert result.exit_code == 0, result.stderr
+    assert "1: attmemo: the pass cannot be recorded as a CUDA graph: the host reads a result within it" in result.stderr
+    with path.open() as file:
+        (row,) = csv.DictReader(file)
+    assert (row["method"], row["l2"], row["graph"], row["fuse"]) == ("dense", "cold", "true", "true")
+    assert LAUNCH_S < float(row["measured_median_s"]) < 1.1 * LAUNCH_S  # without those of its ops
+    assert cupy.log.count("launch") == 2  # dense and flash
+    assert "fused" in cupy.log
+    assert len(cleared) == 3  # before these, and before the ordinary pass of dense
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

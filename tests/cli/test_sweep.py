@@ -384,6 +384,12 @@ def test_a_grid_that_cannot_be_served_is_refused_in_one_line(effref, tmp_path: P
         ("--mode measure", "name one with --output"),
         ("--format json", "--pareto"),
         ("--device gpu", "is a cpu, not a gpu"),
+        ("--graph", "--graph and --fuse are for measured passes: add --mode measure"),
+        ("--l2 cold --device gpu", "--l2, --graph and --fuse are for measured passes: add --mode measure"),
+        ("--mode measure --output x.csv --graph", "on the CPU, for decoding with the engine 'numba'"),
+        ("--mode measure --output x.csv --l2 cold", "--l2 cold is for GPUs: add --device gpu"),
+        ("--mode measure --output x.csv --l2 col --device gpu", "did you mean 'cold'"),
+        ("--mode measure --output x.csv --fuse --device gpu", "--fuse is for the passes of --graph"),
         ("--cluster=", "--cluster is empty"),
         ("--cluster tcp://127.0.0.1:1", "no Dask scheduler answers"),
         ("--cluster nowhere://x", "no Dask scheduler answers"),
@@ -396,9 +402,11 @@ def test_options_that_do_not_fit_are_refused(
     from effref import cluster
 
     monkeypatch.setattr(cluster, "CONNECT_S", 0.2)
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "grid.toml"
     path.write_text("[hardware]\nname = 'xeon-8480'")
     assert says in error_of(effref("sweep", str(path), "--quiet", *words.split()))
+    assert [file.name for file in tmp_path.iterdir()] == ["grid.toml"]  # nothing was begun
 
 
 def test_files_that_are_no_grid(effref, tmp_path: Path) -> None:

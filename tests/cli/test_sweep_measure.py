@@ -19,7 +19,8 @@ import pytest
 from effref import grid, profiles, sweep_measure
 from effref.sweep_rows import MEASURE_COLUMNS
 
-from refimpl.errors import UnsupportedError
+from refimpl.engines.recorded_step import RecordedStep
+from refimpl.errors import ConfigError, UnsupportedError
 
 from .conftest import error_of, profile
 from .test_sweep import _brute, rows_of
@@ -142,6 +143,113 @@ def test_other_grids_options_and_files_are_refused(effref, space: Path, tmp_path
     assert path.read_bytes() == kept
 
 
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_file_begun_before_passes_could_be_recorded_goes_on(
+    effref, space: Path, tmp_path: Path, monkeypatch, suffix: str
+) -> None:
+    """Its checksum knows nothing of them, nor do its columns; what is added to it keeps them."""
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow")
+    path, numbers = tmp_path / f"x.{suffix}", []
+    text = tmp_path / "x.parquet.rows.csv" if suffix == "parquet" else path
+    original = sweep_measure.measure_point
+    monkeypatch.setattr(sweep_measure, "measure_point", lambda one: numbers.append(one.number) or original(one))
+    words = ["sweep", str(space), *FAST, "--output", str(path)]
+    assert effref(*words).exit_code == 0
+    about = json.loads(Path(f"{path}.sweep.json").read_text())
+    assert about["checksum"] == "52c622b0c67b3087cfcb3c3186b86c4acc65295b6b7e1dd8d538a008d28d6916"  # as it was then
+    lines = [line.rsplit(",", 3) for line in text.read_text().splitlines()]
+    assert lines[0][1:] == ["l2", "graph", "fuse"]
+    assert {tuple(line[1:]) for line in lines[1:]} == {("warm", "false", "false")}
+    begun = "".join(line[0] + "\n" for line in lines[:6])
+    text.write_text(begun)
+    path.touch()
+    result = effref(*words, "--pareto", "time,memory", "--format", "json")
+    assert result.exit_code == 0, result.stderr
+    assert "holds 5 of 12 points" in result.stderr
+    assert numbers == [*range(12), *range(5, 12)]
+    assert text.read_text().startswith(begun)
+    assert len(rows_of(text.read_text())) == 12
+    assert not {"l2", "graph", "fuse"} & set(rows_of(text.read_text())[-1])
+    assert {(row["l2"], row["graph"], row["fuse"]) for row in json.loads(result.stdout)} == {("warm", False, False)}
+    if suffix == "parquet":
+        from pyarrow import parquet
+
+        assert {row["l2"] for row in parquet.read_table(path).to_pylist()} == {"warm"}
+
+
+# --- recorded passes ------------------------------------------------------------------------------------------------
+
+STEPS = """
+[model]
+name = "smollm2-135m"
+layers = 2
+d_model = 24
+heads = 6
+kv_heads = 3
+d_ff = 20
+vocab = 50
+[workload]
+phase = ["decode"]
+kv_len = [4, 9]
+[method.dense]
+"""
+RECORDED = ["--mode", "measure", "--graph", "--threads", "1", "--repeats", "2"]
+
+
+def test_recorded_steps_are_measured_and_others_left_out(effref, tmp_path: Path, monkeypatch) -> None:
+    recorded = []
+    original = RecordedStep.__call__
+    monkeypatch.setattr(RecordedStep, "__call__", lambda self, ids, at: recorded.append(at) or original(self, ids, at))
+    profiles.save(profile(), "numba", 1, "float32")
+    space, path = tmp_path / "grid.toml", tmp_path / "x.csv"
+    more = STEPS.replace('["decode"]', '["decode", "prefill"]\nsteps = [1, 2]\nseq = 6')
+    space.write_text(more + "[method.latte]\n")
+    words = ["sweep", str(space), "--output", str(path)]
+    result = effref(*words, *RECORDED)
+    assert result.exit_code == 0, result.stderr
+    rows = rows_of(path.read_text())
+    assert [(row["method"], row["phase"], row["kv_len"], row["steps"]) for row in rows] == [
+        ("dense", "decode", 4, 1), ("dense", "decode", 9, 1)
+    ]  # fmt: skip
+    assert recorded == 2 * 3 * [4] + 2 * 3 * [9]  # of dense and flash: a warm-up and two repeats
+    assert {(row["l2"], row["graph"], row["fuse"]) for row in rows} == {("warm", True, False)}
+    assert all("recorded and run as one compiled call" in row["notes"] for row in rows)
+    assert {(row["reference"], row["max_abs"], row["measured_n"]) for row in rows} == {("dense", 0, 2)}
+    for reason in (
+        "left out 8 of 10 points",
+        "2: latte: the step cannot be recorded on the CPU: the op 'quantize' has no instruction",
+        "4: --graph replays one pass: give --steps 1",
+        "2: --graph is for GPUs and, on the CPU, for decoding",
+    ):
+        assert reason in result.stderr
+    assert "measured with other options" in error_of(effref(*words, "--quiet", *RECORDED[:2], *RECORDED[3:]))
+
+
+def test_the_public_function_records_too(tmp_path: Path) -> None:
+    profiles.save(profile(), "numba", 1, "float32")
+    grid = {
+        "model": {
+            "name": "smollm2-135m",
+            "layers": 1,
+            "d_model": 24,
+            "heads": 6,
+            "kv_heads": 3,
+            "d_ff": 20,
+            "vocab": 50,
+        },
+        "workload": {"phase": "decode", "kv_len": 4},
+        "method": {"dense": {}},
+    }
+    path = tmp_path / "x.csv"
+    package.sweep(grid, path, mode="measure", threads=1, repeats=1, warmup=0, graph=True)
+    assert [row["graph"] for row in rows_of(path.read_text())] == [True]
+    for given, said in (({"seed": -1}, "seed is -1"), ({"fuse": True}, "--fuse is for the passes of --graph")):
+        with pytest.raises(ConfigError, match=said):
+            package.sweep(grid, tmp_path / "y.csv", mode="measure", **given)
+    assert not (tmp_path / "y.csv").exists()
+
+
 def test_two_writers_are_kept_apart(effref, space: Path, tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     effref("sweep", str(space), *FAST, "--output", str(path))
@@ -200,7 +308,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     folder = tmp_path_factory.mktemp("workers")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EFFREF_CACHE", str(folder / "cache"))
-        profiles.save(profile(), "numpy", 1, "float32")
+        for engine in ("numpy", "numba"):
+            profiles.save(profile(), engine, 1, "float32")
         with distributed.LocalCluster(
             n_workers=3, threads_per_worker=1, processes=True, dashboard_address=None, local_directory=str(folder)
         ) as started:
@@ -215,6 +324,18 @@ def test_estimates_on_a_cluster_are_the_same_file(effref, cluster: Any, tmp_path
     result = effref("sweep", str(space), "--output", str(there), "--cluster", cluster.scheduler_address)
     assert result.exit_code == 0, result.stderr
     assert here.read_bytes() == there.read_bytes()
+
+
+def test_workers_record_passes_too(effref, cluster: Any, tmp_path: Path) -> None:
+    space, path = tmp_path / "grid.toml", tmp_path / "x.csv"
+    space.write_text(STEPS)
+    result = effref(
+        "sweep", str(space), *RECORDED, "--output", str(path), "--cluster", cluster.scheduler_address, "--quiet"
+    )
+    assert result.exit_code == 0, result.stderr
+    rows = rows_of(path.read_text())
+    assert sorted((row["kv_len"], row["graph"]) for row in rows) == [(4, True), (9, True)]
+    assert all("recorded and run as one compiled call" in row["notes"] for row in rows)
 
 
 def test_a_killed_worker_loses_and_doubles_nothing(cluster: Any, space: Path, tmp_path: Path) -> None:
