@@ -96,11 +96,22 @@ def machine_of(document: Document) -> str:
 
 
 def work_of(document: Document) -> str:
-    """``decode, batch 1, float32``."""
+    """``decode, batch 1, float32``, and what is unusual about the passes."""
     config = document.part("config")
     batch = config.get("batch")
-    words = [config.get("phase"), f"batch {batch}" if batch else None, config.get("dtype")]
+    words = [config.get("phase"), f"batch {batch}" if batch else None, config.get("dtype"), *_passes(document)]
     return ", ".join(str(word) for word in words if word)
+
+
+def _passes(document: Document) -> list[str]:
+    """What ``--graph``, ``--fuse`` and ``--l2 cold`` make of passes."""
+    config = document.part("config")
+    unusual = {
+        "recorded": config.get("graph"),
+        "fused pairs of ops": config.get("fuse"),
+        "cold cache": config.get("l2") == "cold",
+    }
+    return [name for name, given in unusual.items() if given]
 
 
 def runner_of(document: Document) -> str:
@@ -130,6 +141,7 @@ def _key(document: Document) -> str:
     config, hardware = document.part("config"), document.part("hardware")
     model = {name: value for name, value in document.model.items() if name != "source"}
     work = [config.get(name) for name in ("phase", "steps", "dtype", "batch", "causal", "device", "engine", "threads")]
+    work += _passes(document)
     roofs = [hardware.get(name) for name in ("name", "level", "matmul_flops_per_s", "vector_flops_per_s", "memory")]
     return json.dumps([model, work, machine_of(document), roofs], sort_keys=True)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
-from effref.reporting.grouping import grouped
+from effref.reporting.grouping import grouped, work_of
 from effref.reporting.page import accuracy_of, page, report
 from effref.reporting.reading import read_all
 from effref.reporting.roofline import roofs_of
@@ -429,6 +429,16 @@ def test_files_of_one_model_and_machine_are_put_together(tmp_path: Path) -> None
     elsewhere = changed(two, tmp_path, lambda d: d["hardware"]["fitted_on"].update(machine="another"), "three.json")
     longer = changed(two, tmp_path, lambda d: d["config"]["model"].update(layers=19), "four.json")
     assert len(grouped(read_all([one, elsewhere, longer, two]))) == 3
+    recorded, cold = (
+        changed(two, tmp_path, lambda d, options=options: d["config"].update(options), f"{place}.json")
+        for place, options in enumerate([{"graph": True, "fuse": True}, {"l2": "cold"}])
+    )
+    plain, *others = grouped(read_all([one, recorded, cold]))
+    assert [line.label for line in plain.lines] == ["dense", "flash"]
+    assert [work_of(group.first) for group in others] == [
+        "prefill, batch 1, float32, recorded, fused pairs of ops",
+        "prefill, batch 1, float32, cold cache",
+    ]
 
 
 def test_parameters_that_differ_are_in_labels(tmp_path: Path) -> None:
