@@ -108,6 +108,8 @@ def estimated(
         request.check_recorded()
     joules = _energy_model(energy) if energy else None
     machine = machines.choose(hardware, request.engine, request.threads, request.dtype, progress)
+    if graph and machine.level == "spec":
+        progress.note("a spec sheet knows no overheads: its bound is also that of ordinary passes")
     found = []
     for length in request.lengths:
         predictions = {

@@ -193,6 +193,14 @@ def test_profile_of_this_machine_is_used(effref) -> None:
     assert total["predicted_low_s"] == pytest.approx(0.9 * total["predicted_s"])
 
 
+def test_a_spec_sheet_has_one_bound_for_recorded_passes_and_others(effref) -> None:
+    words = ["estimate", *TINY, "--seq", "64", "--hardware", "l4", "--format", "json"]
+    plain, graph = (effref(*words, *more) for more in ([], ["--graph"]))
+    assert "its bound is also that of ordinary passes" in graph.stderr
+    assert "ordinary passes" not in plain.stderr
+    assert json.loads(plain.stdout)["results"] == json.loads(graph.stdout)["results"]
+
+
 def test_profile_file(effref, tmp_path: Path) -> None:
     place = tmp_path / "machine.json"
     place.write_text(profile(name="other").to_json())
