@@ -145,7 +145,7 @@ class Runner:
         self._tables: tuple[Array, ...] = ()
         self._table_length = 0
         self._resized: Array | None = None
-        self._prepared: dict[tuple[str, Any, tuple[int, bool] | None], Prepared] = {}
+        self._prepared: dict[tuple[str, Any, tuple[int | None, bool | None]], Prepared] = {}
 
     def prepare(
         self,
@@ -157,7 +157,8 @@ class Runner:
     ) -> Prepared:
         """Make a method ready: find what it needs beforehand, derive its weights; once per method and parameters.
 
-        A method whose preparation fits one length alone is prepared once per length.
+        A method whose preparation fits one length alone is prepared once per length; one that looks at its inputs, once
+        for causal passes and once for others.
 
         Parameters
         ----------
@@ -186,11 +187,13 @@ class Runner:
             self._prepared[key] = Prepared(method, complete, placed, self.config)
         return self._prepared[key]
 
-    def _passes_of(self, given: Any, inputs: Array | None, causal: bool | None) -> tuple[int, bool] | None:
-        """The length, and whether causal, of the passes that a method is prepared for, where that matters."""
-        if inputs is None or not getattr(given, "PER_LENGTH", False):
-            return None
-        return sequence_length(self.config, inputs), self.config.causal if causal is None else causal
+    def _passes_of(self, given: Any, inputs: Array | None, causal: bool | None) -> tuple[int | None, bool | None]:
+        """The length, and whether causal, of the passes that a method is prepared for, each where it matters."""
+        per_length = inputs is not None and getattr(given, "PER_LENGTH", False)
+        length = sequence_length(self.config, inputs) if per_length else None
+        if not per_length and not getattr(given, "PER_CAUSALITY", False):
+            return length, None
+        return length, self.config.causal if causal is None else causal
 
     def new_cache(
         self, capacity: int, method: str | Prepared = "dense", params: Mapping[str, Any] | None = None, batch: int = 1

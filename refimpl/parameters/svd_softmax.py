@@ -114,6 +114,11 @@ class SVDSoftmaxParameters:
         """Whether nothing has to be decomposed."""
         return self.basis is not None
 
+    @property
+    def PER_CAUSALITY(self) -> bool:  # as PER_LENGTH of other methods
+        """Whether something is looked for in passes, which are causal or not."""
+        return self.basis is None and self.weighting == "activations"
+
     def preview_width(self, config: ModelConfig) -> int:
         """W."""
         return max(1, config.d_model // 8) if self.window is None else self.window

@@ -15,6 +15,7 @@ from refimpl import Runner, Workload, forward, load_model
 from refimpl.config import ModelConfig
 from refimpl.errors import ConfigError
 from refimpl.methods import CATALOG
+from refimpl.model import Prepared
 from refimpl.parameters import PARAMETERS
 from refimpl.recorder import tally
 from refimpl.weights.layout import Weights
@@ -246,3 +247,34 @@ def test_numba_is_as_right_as_numpy_in_the_same_precision(method: str, config: M
     error, allowed = (np.abs(x - truth).max() for x in (fast, honest))
     floor = 8 * np.finfo(np.float32).eps * np.abs(truth).max()
     assert error <= 2 * allowed + floor, f"{method}: error {error:.2e}, honest {allowed:.2e}"
+
+
+@pytest.mark.parametrize(
+    ("method", "params"),
+    [
+        ("latte", {"kept": 0.3}),
+        ("kvsharer", {"layers": 1}),
+        ("svd-softmax", {"weighting": "activations"}),
+        ("kvsharer+latte", {"kvsharer": {"layers": 1}, "latte": {"kept": 0.3}}),
+    ],
+)
+def test_what_is_found_beforehand_is_found_in_passes_as_they_will_be(method: str, params: dict[str, Any]) -> None:
+    """A pass that overrides the model's causality prepares as a model that is so; one runner keeps both apart."""
+    model, ids = load_model(replace(MODELS["decoder"], position="none")), ids_of()
+    overridden = Runner(model, "numpy")
+    first = overridden.prepare(method, params, ids)
+
+    def documents(ready: Prepared) -> list[dict[str, Any]]:
+        """With what was measured on the way."""
+        members = ready.parameters.members if "+" in method else [(method, ready.parameters)]
+        return [given.to_document() for _, given in members]
+
+    for causal in (False, True):
+        own = Runner(replace(model, config=replace(model.config, causal=causal)), "numpy")
+        ready = overridden.prepare(method, params, ids, causal=causal)
+        assert documents(ready) == documents(own.prepare(method, params, ids))
+        assert (ready is first) == causal
+        by_name, by_hand = (overridden(ids, given, params, causal=causal).calls for given in (method, ready))
+        assert tally(by_name) == tally(by_hand)
+    assert documents(first) != documents(overridden.prepare(method, params, ids, causal=False))
+    assert overridden.prepare(method, params) is first  # without inputs, as for a cache
