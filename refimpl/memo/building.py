@@ -211,6 +211,7 @@ def _train(
         training.epoch(states, maps, real, report)
         writer.put(f"training-{layer}", training.to_bytes())
         writer.note(f"loss-{layer}", training.losses)
+        writer.note(f"heads-{layer}", plan.heads)
         writer.commit()
     _index(writer, plan, layer, training.network, states)
     database.close()
@@ -218,7 +219,7 @@ def _train(
 
 def _training_of(database: Database, plan: Plan, layer: int, inputs: int, dtype: str) -> Training:
     name = f"training-{layer}"
-    if name in database:
+    if name in database and database.notes.get(f"heads-{layer}") == plan.heads:
         found = Training.from_bytes(database.file(name))
         if found.settings == plan.training:
             return found
