@@ -231,7 +231,11 @@ def _index(writer: Writer, plan: Plan, layer: int, network: Network, states: Arr
     points = states @ weight.T + bias  # (N, 128)
     stream = io.BytesIO()
     np.savez(stream, weight=weight, bias=bias, points=points)
-    writer.put(f"index-{layer}", stream.getvalue())
+    name, before = f"index-{layer}", writer.manifest.files.get(f"index-{layer}")
+    writer.put(name, stream.getvalue())
+    if writer.manifest.files[name] != before:  # what was found with other features is found no more
+        writer.forget(f"graph-{layer}")
+        writer.forget("profile")
     if plan.index == "hnsw":
         writer.put(f"graph-{layer}", GraphIndex(points).to_bytes())
 
