@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from strategies import fits
 import costmodel
 from refimpl import Runner, Workload, forward, load_model
 from refimpl.config import ModelConfig
-from refimpl.errors import ConfigError
+from refimpl.errors import ConfigError, ShapeError
 from refimpl.methods import CATALOG
 from refimpl.model import Prepared
 from refimpl.parameters import PARAMETERS
@@ -278,3 +279,27 @@ def test_what_is_found_beforehand_is_found_in_passes_as_they_will_be(method: str
         assert tally(by_name) == tally(by_hand)
     assert documents(first) != documents(overridden.prepare(method, params, ids, causal=False))
     assert overridden.prepare(method, params) is first  # without inputs, as for a cache
+
+
+@EACH
+def test_a_mask_broadcasts_as_arrays_do_and_nothing_else_is_taken_for_one(method: str, config: ModelConfig) -> None:
+    """Missing axes are the first ones. Numbers, as those that others add to scores, would mean the opposite."""
+    runner, ids, visible = Runner(load_model(config), "numpy"), ids_of(), np.arange(LENGTH) < 5
+    ready = runner.prepare(method, {**on(method), **({"padding": "include"} if method == "attmemo" else {})}, ids)
+    shape = "(2, 4, 8, 8)"
+    for wrong in (
+        np.zeros((1, 1, 1, LENGTH)),
+        np.ones((LENGTH, LENGTH), np.int8),
+        np.ones((1, 1, LENGTH, LENGTH - 1), bool),
+        np.ones((3, 1, 1, LENGTH), bool),
+        np.ones((1, 1, 1, 1, LENGTH), bool),
+    ):
+        for causal in (False, True):
+            if method == "attmemo" and causal != config.causal:
+                continue
+            with pytest.raises(ShapeError, match=re.escape(shape)) as caught:
+                runner(ids, ready, causal=causal, mask=wrong)
+            assert "\n" not in str(caught.value)
+    np.testing.assert_array_equal(
+        runner(ids, ready, mask=visible).output, runner(ids, ready, mask=visible[None, None, None, :]).output
+    )
