@@ -85,6 +85,11 @@ class SVDSoftmaxParameters:
         require_choice("full_view", self.full_view, ("incremental", "replace"))
         require_choice("decomposition", self.decomposition, ("auto", "svd", "gram"))
         require_choice("weighting", self.weighting, ("none", "activations"))
+        if self.weighting == "activations" and self.decomposition == "svd":
+            raise ConfigError(
+                "decomposition='svd' is of the head alone; weighting='activations' goes by the Gram matrix: leave out "
+                "one"
+            )
         require_choice("fused", self.fused, (True, False))
         if self.basis is not None:
             object.__setattr__(self, "basis", _as_basis(self.basis))
