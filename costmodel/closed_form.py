@@ -123,7 +123,7 @@ def estimate(method: str, config: ModelConfig, workload: Workload, params: Any =
         params_bytes=parameters_kept * itemsize + last.index_bytes(),
         resident_bytes=resident,
         cache_bytes=kept,
-        peak_bytes=resident + allotted + _tables(last.setting) + masks + peak * itemsize,
+        peak_bytes=resident + allotted + _tables(last.setting) * itemsize + masks + peak * itemsize,
         itemsize=itemsize,
     )
 
@@ -298,8 +298,8 @@ def _stem_parameters(c: ModelConfig, workload: Workload) -> Quantity:
 
 
 def _tables(s: Setting) -> Quantity:
-    """Bytes of the tables that depend on the length alone."""
+    """Elements of the tables that depend on the length alone."""
     c = s.config
     if c.position == "relative":
-        return (2 * s.T - 1) * c.d_model * 4
-    return 2 * s.S * (c.head_dim // 2) * 4 if c.position == "rotary" else 0
+        return (2 * s.T - 1) * c.d_model
+    return 2 * s.S * (c.head_dim // 2) if c.position == "rotary" else 0

@@ -109,6 +109,8 @@ class Cache:
     def _append(self, at: At, store: Array | None, index: int, new: Array) -> Array:
         if store is None:
             raise ShapeError(f"layer {index} keeps nothing in this cache: it was made for another method")
+        if new.dtype != store.dtype:  # NumPy would round in silence
+            raise ShapeError(f"the cache holds {store.dtype}, the pass {new.dtype}: make one with Runner.new_cache")
         rows = self.stored[index].rows
         held = at(CACHE).append(store, new, self.length * rows)
         return held[:, :, (self.length - self.past) * rows :, :]

@@ -239,6 +239,10 @@ def _check_config(config: ModelConfig) -> None:
     head_dim = config.head_dim or config.d_model // config.heads
     if config.position == "rotary" and head_dim % 2:
         raise ConfigError(f"rotary positions need an even head width; it is {head_dim}")
+    if config.stem == "frames" and not config.strides:
+        raise ConfigError("stem 'frames' is made of convolutions: give strides, one for each")
+    for stride in config.strides:
+        _check_size("a stride", stride, least=1)
     if config.stem == "stacked" and config.d_model % config.stack:
         raise ConfigError(f"stack={config.stack} does not divide d_model={config.d_model}: choose a divisor")
     if config.head and config.d_out:

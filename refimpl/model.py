@@ -102,8 +102,8 @@ def forward(
     Raises
     ------
     ConfigError, ShapeError, InputError
-        Unknown method or parameter; inputs that do not fit the model; NaN or ids outside the vocabulary; a cache that
-        is too short.
+        Unknown method or parameter; inputs or a mask that do not fit the model; NaN or ids outside the vocabulary; a
+        cache that is too short.
     """
     runner = Runner(model, engine)
     return runner(inputs, method, params, causal=causal, mask=mask, record=record, cache=cache)
@@ -145,7 +145,7 @@ class Runner:
         self._tables: tuple[Array, ...] = ()
         self._table_length = 0
         self._resized: Array | None = None
-        self._prepared: dict[tuple[str, Any, tuple[int, bool] | None], Prepared] = {}
+        self._prepared: dict[tuple[str, Any, tuple[int | None, bool | None]], Prepared] = {}
 
     def prepare(
         self,
@@ -157,7 +157,8 @@ class Runner:
     ) -> Prepared:
         """Make a method ready: find what it needs beforehand, derive its weights; once per method and parameters.
 
-        A method whose preparation fits one length alone is prepared once per length.
+        A method whose preparation fits one length alone is prepared once per length; one that looks at its inputs, once
+        for causal passes and once for others.
 
         Parameters
         ----------
@@ -186,11 +187,13 @@ class Runner:
             self._prepared[key] = Prepared(method, complete, placed, self.config)
         return self._prepared[key]
 
-    def _passes_of(self, given: Any, inputs: Array | None, causal: bool | None) -> tuple[int, bool] | None:
-        """The length, and whether causal, of the passes that a method is prepared for, where that matters."""
-        if inputs is None or not getattr(given, "PER_LENGTH", False):
-            return None
-        return sequence_length(self.config, inputs), self.config.causal if causal is None else causal
+    def _passes_of(self, given: Any, inputs: Array | None, causal: bool | None) -> tuple[int | None, bool | None]:
+        """The length, and whether causal, of the passes that a method is prepared for, each where it matters."""
+        per_length = inputs is not None and getattr(given, "PER_LENGTH", False)
+        length = sequence_length(self.config, inputs) if per_length else None
+        if not per_length and not getattr(given, "PER_CAUSALITY", False):
+            return length, None
+        return length, self.config.causal if causal is None else causal
 
     def new_cache(
         self, capacity: int, method: str | Prepared = "dense", params: Mapping[str, Any] | None = None, batch: int = 1
@@ -375,7 +378,8 @@ class Runner:
         check_length(self.config, self.weights, first + length)
         tables = self._tables_for(first, length, cache.capacity if cache else length)
         x = self.engine.asarray(inputs if self.config.stem == "tokens" else inputs.astype(self._dtype, copy=False))
-        mask = None if mask is None else self.engine.asarray(mask)
+        if mask is not None:
+            mask = self.engine.asarray(whole_mask(mask, (len(inputs), self.config.heads, length, first + length)))
 
         def work(at: At, steps: Dense) -> Array:
             if cache is not None:
@@ -555,6 +559,18 @@ def check_inputs(config: ModelConfig, inputs: Array) -> None:
         )
     elif not np.isfinite(inputs).all():
         raise InputError("inputs hold NaN or infinite values")
+
+
+def whole_mask(mask: Array, shape: tuple[int, int, int, int]) -> Array:
+    """A mask with all four axes; ShapeError where it is not of bool or does not broadcast to (B, H, T, S)."""
+    axes = tuple(mask.shape)
+    fits = len(axes) <= 4 and all(n in (1, most) for n, most in zip(axes[::-1], shape[::-1], strict=False))
+    if mask.dtype != np.bool_ or not fits:
+        raise ShapeError(
+            f"the mask is {mask.dtype} {axes}; give one of bool, True where a query may look, that broadcasts to "
+            f"(B, H, T, S) = {shape}"
+        )
+    return mask.reshape((1,) * (4 - len(axes)) + axes)
 
 
 def check_length(config: ModelConfig, weights: Weights, length: int) -> None:

@@ -46,6 +46,8 @@ def test_derived_sizes_follow() -> None:
         ({"right_context": 1}, "belong to recipe 'emformer', not 'pre-norm'"),
         ({"stem": "stacked", "features": 3}, "stack is 0"),
         ({"stem": "stacked", "features": 3, "stack": 5}, "stack=5 does not divide d_model=12"),
+        ({"stem": "frames", "features": 3}, "give strides"),
+        ({"stem": "frames", "features": 3, "strides": (2, 0)}, "a stride is 0"),
         ({"d_out": -1}, "d_out is -1"),
         ({"d_out": 7, "head": True}, "not both"),
         ({"recipe": "emformer"}, "chunk is 0"),

@@ -16,9 +16,7 @@ from costmodel.methods.steps import Setting
 from costmodel.ops import Op, Quantity
 from refimpl.components import ATTENTION
 from refimpl.errors import ConfigError
-from refimpl.parameters.linear import NO_DECODING, LinearParameters
-
-FEATURES = {"elu": "elu_plus_one", "relu": "relu"}  # parameter -> op
+from refimpl.parameters.linear import FEATURES, NO_DECODING, LinearParameters
 
 
 class Linear(Dense):

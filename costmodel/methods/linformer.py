@@ -70,12 +70,15 @@ class Linformer(Dense):
     # --- memory -----------------------------------------------------------------------------------------------------
 
     def attention_live(self) -> list[Quantity]:
-        """As in the exact method, beside projected keys and values."""
+        """As in the exact method, beside E and projected keys and values."""
         s = self.setting
         moments = (Flash if self.parameters.fused else Dense)(s, None).attention_live()
         projected = 2 * s.B * s.S * s.config.d_kv * self._some
-        return [moment + projected for moment in moments]
+        return [self.held() + moment + projected for moment in moments]
 
-    def mask_bytes(self) -> Quantity:
-        """E, in float32."""
-        return 4 * self.setting.S * self.setting.T * self._some
+    def head_live(self) -> Quantity:
+        return self.held() + super().head_live()
+
+    def held(self) -> Quantity:
+        """E."""
+        return self.setting.S * self.setting.T * self._some

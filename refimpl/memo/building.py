@@ -211,6 +211,7 @@ def _train(
         training.epoch(states, maps, real, report)
         writer.put(f"training-{layer}", training.to_bytes())
         writer.note(f"loss-{layer}", training.losses)
+        writer.note(f"heads-{layer}", plan.heads)
         writer.commit()
     _index(writer, plan, layer, training.network, states)
     database.close()
@@ -218,7 +219,7 @@ def _train(
 
 def _training_of(database: Database, plan: Plan, layer: int, inputs: int, dtype: str) -> Training:
     name = f"training-{layer}"
-    if name in database:
+    if name in database and database.notes.get(f"heads-{layer}") == plan.heads:
         found = Training.from_bytes(database.file(name))
         if found.settings == plan.training:
             return found
@@ -230,7 +231,11 @@ def _index(writer: Writer, plan: Plan, layer: int, network: Network, states: Arr
     points = states @ weight.T + bias  # (N, 128)
     stream = io.BytesIO()
     np.savez(stream, weight=weight, bias=bias, points=points)
-    writer.put(f"index-{layer}", stream.getvalue())
+    name, before = f"index-{layer}", writer.manifest.files.get(f"index-{layer}")
+    writer.put(name, stream.getvalue())
+    if writer.manifest.files[name] != before:  # what was found with other features is found no more
+        writer.forget(f"graph-{layer}")
+        writer.forget("profile")
     if plan.index == "hnsw":
         writer.put(f"graph-{layer}", GraphIndex(points).to_bytes())
 

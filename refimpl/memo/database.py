@@ -338,6 +338,12 @@ class Writer:
         """Keep something small, as JSON, beside the records; it counts from the next commit on."""
         self.manifest = replace(self.manifest, notes={**self.manifest.notes, name: found})
 
+    def forget(self, name: str) -> None:
+        """Leave out what was put or noted under this name; it counts until the next commit."""
+        known = self.manifest
+        files, notes = ({key: one for key, one in kept.items() if key != name} for kept in (known.files, known.notes))
+        self.manifest = replace(known, files=files, notes=notes)
+
     def count(self, name: str) -> int:
         """Records called `name`, committed or not."""
         known = self.manifest.records.get(name)

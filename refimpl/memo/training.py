@@ -17,6 +17,7 @@ from refimpl.engines.protocol import Array
 from refimpl.errors import DatabaseError, InputError
 from refimpl.memo.embedding import Network, Tensors
 from refimpl.memo.similarity import pair_distances
+from refimpl.parameters.base import require_int
 
 FORMAT, VERSION = "memo training", 1
 
@@ -28,6 +29,7 @@ class Settings:
     Attributes
     ----------
     epochs, batch : int
+        Of a batch all pairs are taken: there are none below 2.
     rate, momentum : float
         Of stochastic gradient descent: ``v = momentum v + g``, ``w = w - rate v``.
     seed : int
@@ -39,6 +41,11 @@ class Settings:
     rate: float = 0.1
     momentum: float = 0.9
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_int("epochs", self.epochs, 0)
+        require_int("batch", self.batch, 2)
+        require_int("seed", self.seed, 0)
 
 
 @dataclass

@@ -17,10 +17,8 @@ from refimpl.engines.protocol import Array
 from refimpl.errors import ConfigError, UnsupportedError
 from refimpl.methods.dense import Dense
 from refimpl.methods.steps import Layer, project_heads, project_output
-from refimpl.parameters.linear import NO_DECODING, LinearParameters
+from refimpl.parameters.linear import FEATURES, NO_DECODING, LinearParameters
 from refimpl.recorder import At
-
-FEATURES = {"elu": "elu_plus_one", "relu": "relu"}  # parameter -> op
 
 
 class Linear(Dense):

@@ -12,6 +12,7 @@ Transformers, arXiv 2110.06821): the first P heads take a shared map, the others
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from refimpl.cache import Stored
 from refimpl.components import QKV, SOFTMAX, WEIGHTED_SUM
@@ -95,7 +96,8 @@ class Reuse(Dense):
         shared = self.shared[leader][:, :reused, :, :]  # (B, P, T, T)
         q, k, v = _project_some_heads(at, x, layer, reused)
         k = seen_keys(at, place_keys(at, k, layer), layer)  # (B, H - P, S, D)
-        scores = logits(at, place_queries(at, q, layer, new), k, layer, new)
+        own = layer if layer.mask is None else replace(layer, mask=_of_heads(layer.mask, new))
+        scores = logits(at, place_queries(at, q, layer, new), k, own, new)
         weights = at(SOFTMAX).softmax(scores, layer.causal)  # (B, H - P, T, T)
         taken = self._probabilities(at, shared, layer)
         context = (
@@ -103,8 +105,8 @@ class Reuse(Dense):
             at(WEIGHTED_SUM).weighted_sum(weights, v[:, reused:, :, :], layer.causal),
         )
         if self._passes_on(layer.index, leader):
-            own = weights if self.parameters.share == "probabilities" else scores
-            self.shared[leader] = at(SOFTMAX).concat((own, shared), axis=1)  # [new, reused]: the head order rotates
+            emitted = weights if self.parameters.share == "probabilities" else scores
+            self.shared[leader] = at(SOFTMAX).concat((emitted, shared), axis=1)  # [new, reused]: the head order rotates
         return at(WEIGHTED_SUM).concat(context, axis=1)  # (B, H, T, D)
 
     def _probabilities(self, at: At, shared: Array, layer: Layer) -> Array:
@@ -130,6 +132,11 @@ def _project_some_heads(at: At, x: Array, layer: Layer, reused: int) -> tuple[Ar
     kept = (config.heads - reused) * config.head_dim
     q, k, v = at(QKV).project(x, qkv.weight, qkv.bias, (kept, kept, config.d_attention))  # (B, T, (H - P) D) twice
     return q, k, seen_values(at, at(QKV).split_heads(v, config.heads), layer)
+
+
+def _of_heads(mask: Array, heads: slice) -> Array:
+    """The part of a broadcastable mask that concerns these heads."""
+    return mask if mask.shape[1] == 1 else mask[:, heads, :, :]
 
 
 def _without_reused_heads(w: Weights, config: ModelConfig, kept: int, parameters: ReuseParameters) -> Weights:

@@ -140,6 +140,11 @@ class Composition:
         """Whether what is found beforehand fits one length alone."""
         return any(getattr(given, "PER_LENGTH", False) for _, given in self.members)
 
+    @property
+    def PER_CAUSALITY(self) -> bool:
+        """Whether what is found beforehand is found in passes that are causal, or that are not."""
+        return any(getattr(given, "PER_CAUSALITY", False) for _, given in self.members)
+
 
 def _or_at_off(one: str, other: str) -> str:
     """What else can be done where one of two methods has several parts."""

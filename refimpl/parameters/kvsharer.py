@@ -104,6 +104,11 @@ class KVSharerParameters:
         """Whether nothing has to be searched."""
         return self.strategy is not None or self.count(config) == 0
 
+    @property
+    def PER_CAUSALITY(self) -> bool:  # as PER_LENGTH of other methods
+        """Whether something is looked for in passes, which are causal or not."""
+        return self.strategy is None
+
     def count(self, config: ModelConfig) -> int:
         """C, the layers that share."""
         if self.strategy is not None:

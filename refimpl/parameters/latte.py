@@ -112,6 +112,11 @@ class LatteParameters:
         filters = any(fraction < 1 for row in self._kept_rows(config) for fraction in row)
         return self.thresholds is not None or self.gamma is not None or not filters
 
+    @property
+    def PER_CAUSALITY(self) -> bool:  # as PER_LENGTH of other methods
+        """Whether something is looked for in passes, which are causal or not."""
+        return self.thresholds is None and self.gamma is None
+
     def thetas(self, config: ModelConfig) -> tuple[tuple[float, ...], ...]:
         """theta of every head of every layer; infinite where nothing is filtered.
 

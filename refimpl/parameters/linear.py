@@ -9,6 +9,7 @@ from refimpl.config import ModelConfig
 from refimpl.errors import ConfigError
 from refimpl.parameters.base import parameter, require_choice
 
+FEATURES = {"elu": "elu_plus_one", "relu": "relu"}  # phi -> op
 NO_DECODING = (
     "linear attention keeps a state of D x D a head, which the cache of positions does not hold: run whole sequences, "
     "not steps behind a cache"
@@ -22,7 +23,7 @@ class LinearParameters:
     feature: Literal["elu", "relu"] = parameter("elu", "phi: elu(x) + 1 as in the paper, or max(x, 0)")
 
     def __post_init__(self) -> None:
-        require_choice("feature", self.feature, ("elu", "relu"))
+        require_choice("feature", self.feature, tuple(FEATURES))
 
     @classmethod
     def sweep(cls, config: ModelConfig) -> dict[str, tuple[Any, ...]]:

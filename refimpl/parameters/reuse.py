@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from refimpl.config import ModelConfig
 from refimpl.errors import ConfigError
-from refimpl.parameters.base import parameter, require_choice, require_int
+from refimpl.parameters.base import is_index, parameter, require_choice, require_int
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,16 @@ class ReuseParameters:
 
 
 def _as_groups(given: Any) -> tuple[tuple[int, ...], ...]:
-    try:
-        groups = tuple(tuple(int(layer) for layer in group) for group in given)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"groups={given!r}; it must be a list of layer lists such as [[0,1],[2,3]]") from error
+    if not isinstance(given, (list, tuple)) or not all(_is_group(group) for group in given):
+        raise ConfigError(f"groups={given!r}; it must be a list of layer lists such as [[0,1],[2,3]]")
+    groups = tuple(map(tuple, given))
     named = [layer for group in groups for layer in group]
     if any(not group for group in groups):
         raise ConfigError("groups holds an empty group")
-    if any(list(group) != sorted(set(group)) or group[0] < 0 for group in groups) or len(named) != len(set(named)):
+    if any(list(group) != sorted(set(group)) for group in groups) or len(named) != len(set(named)):
         raise ConfigError(f"groups={given!r}; each group must rise from layer 0 up and no layer may be in two")
     return groups
+
+
+def _is_group(given: Any) -> bool:
+    return isinstance(given, (list, tuple)) and all(map(is_index, given))

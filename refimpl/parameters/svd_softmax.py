@@ -85,6 +85,11 @@ class SVDSoftmaxParameters:
         require_choice("full_view", self.full_view, ("incremental", "replace"))
         require_choice("decomposition", self.decomposition, ("auto", "svd", "gram"))
         require_choice("weighting", self.weighting, ("none", "activations"))
+        if self.weighting == "activations" and self.decomposition == "svd":
+            raise ConfigError(
+                "decomposition='svd' is of the head alone; weighting='activations' goes by the Gram matrix: leave out "
+                "one"
+            )
         require_choice("fused", self.fused, (True, False))
         if self.basis is not None:
             object.__setattr__(self, "basis", _as_basis(self.basis))
@@ -113,6 +118,11 @@ class SVDSoftmaxParameters:
     def is_complete(self, config: ModelConfig) -> bool:
         """Whether nothing has to be decomposed."""
         return self.basis is not None
+
+    @property
+    def PER_CAUSALITY(self) -> bool:  # as PER_LENGTH of other methods
+        """Whether something is looked for in passes, which are causal or not."""
+        return self.basis is None and self.weighting == "activations"
 
     def preview_width(self, config: ModelConfig) -> int:
         """W."""

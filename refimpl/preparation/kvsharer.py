@@ -177,12 +177,15 @@ class _Bench:
         """The last hidden states (N, T, d) where these layers share."""
         parameters = replace(self.parameters, strategy=Strategy(pairs))
         weights = KVSharer.derive(self.runner.weights, self.config, parameters)
-        return self.runner(self.samples, Prepared("kvsharer", parameters, weights, self.config), record=False).output
+        return self._run(Prepared("kvsharer", parameters, weights, self.config))
 
     def captured(self) -> tuple[Array, _Capture]:
         """The last hidden states of the exact model, and the keys and values of its layers."""
         capture = _Capture(self.config, replace(self.parameters, strategy=Strategy([])))
-        return self.runner(self.samples, capture, record=False).output, capture
+        return self._run(capture), capture
+
+    def _run(self, method: Prepared | KVSharer) -> Array:
+        return self.runner(self.samples, method, causal=self.subject.is_causal, record=False).output
 
     def report(self, message: str, fraction: float) -> None:
         self.subject.progress(f"kvsharer: {message}, {time.perf_counter() - self.began_s:.0f} s", fraction)
@@ -206,7 +209,7 @@ class _Capture(KVSharer):
 def _search_of(bench: _Bench) -> Search:
     """The search on this model and these samples: a remembered one, or a new one with its pairs ranked."""
     model, engine = bench.subject.model, bench.subject.engine
-    key = checksum(model.weights, bench.samples, bench.config, bench.parameters, engine.name)
+    key = checksum(model.weights, bench.samples, bench.config, bench.parameters, bench.subject.is_causal, engine.name)
     if key not in _SEARCHES:
         samples = bench.samples
         length = sequence_length(bench.config, samples)

@@ -56,7 +56,7 @@ def calibrate_thresholds(parameters: LatteParameters, subject: Subject) -> Thres
     config = subject.model.config
     samples = calibration_samples(parameters, config, subject.inputs)
     program = _Calibration(parameters, subject)
-    Runner(subject.model, subject.engine)(samples, program, record=False)
+    Runner(subject.model, subject.engine)(samples, program, causal=subject.is_causal, record=False)
     subject.progress("latte: calibrated", 1.0)
     record = {
         "model": config.name,

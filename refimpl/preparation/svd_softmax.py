@@ -110,7 +110,7 @@ def hidden_states(subject: Subject) -> Array:
     if subject.inputs is None:
         raise ConfigError("weighting='activations' needs inputs: prepare on a text, or take weighting='none'")
     reader = _Reader(subject.model.config, None)
-    Runner(subject.model, subject.engine)(subject.inputs, reader, record=False)
+    Runner(subject.model, subject.engine)(subject.inputs, reader, causal=subject.is_causal, record=False)
     states = subject.engine.to_numpy(reader.seen).astype(np.float64)
     states = states.reshape(-1, states.shape[-1])
     if not np.isfinite(states).all() or not states.any():

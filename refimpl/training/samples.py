@@ -64,8 +64,8 @@ def read_samples(model: Model, paths: tuple[Path, ...], seq: int | None) -> tupl
     ----------
     model : Model
     paths : tuple of Path
-        Text is cut into windows of `seq` positions that follow each other, as rows of token ids in a .npy are; a
-        recording, and a row of frames or patches, is a window. What does not fill a window is left out.
+        Text is cut into windows of `seq` positions that follow each other, as rows of token ids in a .npy are; a row of
+        frames or patches in a .npy is a window. What does not fill a window is left out.
     seq : int, optional
         T; needed for tokens.
 
@@ -77,15 +77,22 @@ def read_samples(model: Model, paths: tuple[Path, ...], seq: int | None) -> tupl
     Raises
     ------
     InputError
-        If a file cannot be read or does not fit the model, or has fewer than two windows.
+        If a file cannot be read or does not fit the model, has fewer than two windows, as a recording and a photo have,
+        or windows of another length than those of the file before.
     """
     parts: list[tuple[Array, Array]] = []
     for path in paths:
         cut = _windows(model, path, seq)
         if len(cut) < 2:
+            more = "a longer input or a shorter seq" if model.config.stem == "tokens" else "an .npy of several rows"
             raise InputError(
                 f"{path} gives {len(cut)} window(s) of {seq or 'its own'} positions; at least 2 are needed, to train "
-                "on one and hold one out: take a longer input or a shorter seq"
+                f"on one and hold one out: take {more}"
+            )
+        if parts and cut.shape[1:] != parts[0][0].shape[1:]:
+            raise InputError(
+                f"{path} gives windows of {cut.shape[1]} rows, {paths[0]} of {parts[0][0].shape[1]}: give seq, or "
+                "files of one length"
             )
         last = max(1, round(HELD_OUT * len(cut)))
         parts.append((cut[:-last], cut[-last:]))

@@ -89,3 +89,21 @@ def test_reuse_holds_one_map_per_group_under_way() -> None:
     nested = costmodel.estimate("reuse", config, work, {"groups": [[0, 5], [1, 4], [2, 3]]}).peak_bytes
     plain = costmodel.estimate("reuse", config, work, {"group": 2}).peak_bytes
     assert nested - plain == 2 * one_map
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "params"),
+    [
+        ("smollm2-135m", "dense", {}),
+        ("conformer-m", "flash", {}),
+        ("whisper-tiny-en", "linformer", {"length": 40}),
+        ("minilm-l6", "linformer", {"length": 200, "fused": True}),
+    ],
+)
+def test_all_memory_is_in_the_precision_of_the_pass(name: str, method: str, params: dict[str, Any]) -> None:
+    """Position tables, and what methods make of the length, too: twice the bytes a number, twice the peak."""
+    peaks = [
+        costmodel.estimate(method, preset(name), Workload(500, 2, dtype=dtype), params).peak_bytes
+        for dtype in ("float16", "float32", "float64")
+    ]
+    assert peaks[2] == 2 * peaks[1] == 4 * peaks[0]

@@ -74,6 +74,25 @@ def test_what_is_not_committed_does_not_count(tmp_path: Path) -> None:
         assert database.notes == {}
 
 
+def test_what_is_forgotten_counts_until_the_next_commit(tmp_path: Path) -> None:
+    built(tmp_path / "db", 3)
+    with Writer(tmp_path / "db", durable=False) as writer:
+        writer.note("profile", {"rate": 1})
+        writer.note("other", 2)
+        writer.commit()
+        for name in ("network-0", "profile", "absent"):
+            writer.forget(name)
+        with Database(tmp_path / "db") as before:
+            writer.commit()
+            assert before.file("network-0") == b"weights 0"  # what was open stays readable
+            assert before.notes == {"profile": {"rate": 1}, "other": 2}
+    with Database(tmp_path / "db", verify=True) as database:
+        assert "network-0" not in database
+        assert database.notes == {"other": 2}
+        assert len(database.records("maps-0")) == 3
+    assert not list((tmp_path / "db").glob("*.bin"))
+
+
 def test_a_writer_goes_on_behind_what_another_left_uncommitted(tmp_path: Path) -> None:
     built(tmp_path / "db", 3)
     with Writer(tmp_path / "db", durable=False) as writer:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from memo_data import clusters
 
-from refimpl.errors import DatabaseError, InputError
+from refimpl.errors import ConfigError, DatabaseError, InputError
 from refimpl.memo import embedding
 from refimpl.memo.embedding import EPS, Network, inputs_of, max_pool, pooled
 from refimpl.memo.similarity import pair_distances
@@ -190,3 +190,11 @@ def test_a_damaged_checkpoint_is_refused(part: float) -> None:
     flipped[len(data) // 2] ^= 1
     with pytest.raises(DatabaseError, match="damaged"):
         Training.from_bytes(bytes(flipped))
+
+
+@pytest.mark.parametrize("settings", [{"batch": 1}, {"epochs": -1}, {"seed": -1}])
+def test_settings_without_a_pair_or_a_number_are_refused(settings: dict[str, int]) -> None:
+    """A batch of one has no pair: its loss would be the mean of nothing."""
+    ((name, value),) = settings.items()
+    with pytest.raises(ConfigError, match=f"{name}={value}; it must be a whole number"):
+        Settings(**settings)

@@ -528,6 +528,43 @@ def test_a_stopped_build_goes_on_to_the_same_bits(tmp_path: Path) -> None:
                 assert one.records(name).array.tobytes() == other.records(name).array.tobytes()
 
 
+def test_a_build_with_other_heads_trains_anew(tmp_path: Path) -> None:
+    model = load_model(ENCODER)
+    subject = Subject(model, Runner(model, "numpy").engine, ids(5))
+    first = Plan(Settings(2), heads="first")
+    build(tmp_path / "db", subject, Plan(Settings(2)), durable=False)
+    build(tmp_path / "db", subject, first, durable=False)
+    build(tmp_path / "fresh", subject, first, durable=False)
+    with Database(tmp_path / "db", True) as one, Database(tmp_path / "fresh", True) as other:
+        assert one.notes == other.notes  # the losses are those of the maps that were compared
+        for layer in range(3):
+            assert one.file(f"training-{layer}") == other.file(f"training-{layer}")
+
+
+def test_a_build_with_other_features_forgets_what_was_found_with_those_before(tmp_path: Path) -> None:
+    """The graph of their neighbours and the profile; both stay where the features do."""
+    model = load_model(ENCODER)
+    subject = Subject(model, Runner(model, "numpy").engine, ids(5))
+
+    def rebuilt(seed: int) -> Memo:
+        build(tmp_path, subject, Plan(Settings(1, seed=seed)), durable=False)
+        return Memo(tmp_path)
+
+    build(tmp_path, subject, Plan(Settings(1), index="hnsw"), durable=False)
+    with Writer(tmp_path) as writer:
+        writer.note("profile", {"thresholds": []})
+        writer.commit()
+    same = rebuilt(seed=0)
+    assert same.profile
+    assert all(f"graph-{layer}" in same.database for layer in range(3))
+    other = rebuilt(seed=1)
+    assert not other.profile
+    assert not any(f"graph-{layer}" in other.database for layer in range(3))
+    for layer in range(3):
+        points = other.tables(layer).points
+        np.testing.assert_array_equal(other.graph(layer).search(points)[1], range(5))
+
+
 def test_a_build_with_other_inputs_or_without_any_is_refused(tmp_path: Path) -> None:
     model = load_model(ENCODER)
     engine = Runner(model, "numpy").engine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +14,9 @@ from strategies import fits
 import costmodel
 from refimpl import Runner, Workload, forward, load_model
 from refimpl.config import ModelConfig
-from refimpl.errors import ConfigError
+from refimpl.errors import ConfigError, ShapeError
 from refimpl.methods import CATALOG
+from refimpl.model import Prepared
 from refimpl.parameters import PARAMETERS
 from refimpl.recorder import tally
 from refimpl.weights.layout import Weights
@@ -246,3 +248,58 @@ def test_numba_is_as_right_as_numpy_in_the_same_precision(method: str, config: M
     error, allowed = (np.abs(x - truth).max() for x in (fast, honest))
     floor = 8 * np.finfo(np.float32).eps * np.abs(truth).max()
     assert error <= 2 * allowed + floor, f"{method}: error {error:.2e}, honest {allowed:.2e}"
+
+
+@pytest.mark.parametrize(
+    ("method", "params"),
+    [
+        ("latte", {"kept": 0.3}),
+        ("kvsharer", {"layers": 1}),
+        ("svd-softmax", {"weighting": "activations"}),
+        ("kvsharer+latte", {"kvsharer": {"layers": 1}, "latte": {"kept": 0.3}}),
+    ],
+)
+def test_what_is_found_beforehand_is_found_in_passes_as_they_will_be(method: str, params: dict[str, Any]) -> None:
+    """A pass that overrides the model's causality prepares as a model that is so; one runner keeps both apart."""
+    model, ids = load_model(replace(MODELS["decoder"], position="none")), ids_of()
+    overridden = Runner(model, "numpy")
+    first = overridden.prepare(method, params, ids)
+
+    def documents(ready: Prepared) -> list[dict[str, Any]]:
+        """With what was measured on the way."""
+        members = ready.parameters.members if "+" in method else [(method, ready.parameters)]
+        return [given.to_document() for _, given in members]
+
+    for causal in (False, True):
+        own = Runner(replace(model, config=replace(model.config, causal=causal)), "numpy")
+        ready = overridden.prepare(method, params, ids, causal=causal)
+        assert documents(ready) == documents(own.prepare(method, params, ids))
+        assert (ready is first) == causal
+        by_name, by_hand = (overridden(ids, given, params, causal=causal).calls for given in (method, ready))
+        assert tally(by_name) == tally(by_hand)
+    assert documents(first) != documents(overridden.prepare(method, params, ids, causal=False))
+    assert overridden.prepare(method, params) is first  # without inputs, as for a cache
+
+
+@EACH
+def test_a_mask_broadcasts_as_arrays_do_and_nothing_else_is_taken_for_one(method: str, config: ModelConfig) -> None:
+    """Missing axes are the first ones. Numbers, as those that others add to scores, would mean the opposite."""
+    runner, ids, visible = Runner(load_model(config), "numpy"), ids_of(), np.arange(LENGTH) < 5
+    ready = runner.prepare(method, {**on(method), **({"padding": "include"} if method == "attmemo" else {})}, ids)
+    shape = "(2, 4, 8, 8)"
+    for wrong in (
+        np.zeros((1, 1, 1, LENGTH)),
+        np.ones((LENGTH, LENGTH), np.int8),
+        np.ones((1, 1, LENGTH, LENGTH - 1), bool),
+        np.ones((3, 1, 1, LENGTH), bool),
+        np.ones((1, 1, 1, 1, LENGTH), bool),
+    ):
+        for causal in (False, True):
+            if method == "attmemo" and causal != config.causal:
+                continue
+            with pytest.raises(ShapeError, match=re.escape(shape)) as caught:
+                runner(ids, ready, causal=causal, mask=wrong)
+            assert "\n" not in str(caught.value)
+    np.testing.assert_array_equal(
+        runner(ids, ready, mask=visible).output, runner(ids, ready, mask=visible[None, None, None, :]).output
+    )

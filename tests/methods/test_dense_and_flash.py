@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from passes import small_llama
 from strategies import WHOLE, configs, inputs_for, workloads
 
-from refimpl import forward, load_model
+from refimpl import Runner, forward, load_model
 from refimpl.config import ModelConfig, preset
 from refimpl.errors import ConfigError, InputError, ShapeError
 
@@ -114,3 +115,16 @@ def test_logits_of_relative_positions_equal_their_definition() -> None:
         position = w.position.weight[rows] @ offset
         expected = (query + w.content_bias[rows]) @ key + (query + w.position_bias[rows]) @ position
         assert found[0, h, i, j] == pytest.approx(expected / 2.0)  # 1 / sqrt(D) with D = 4
+
+
+@pytest.mark.parametrize("engine", ["numpy", "numba"])
+def test_a_cache_of_another_precision_is_refused(engine: str) -> None:
+    config = small_llama(layers=2)
+    of_32, of_64 = (Runner(load_model(config, dtype=dtype), engine) for dtype in ("float32", "float64"))
+    for own, other in ((of_32, of_64), (of_64, of_32)):
+        cache = own.new_cache(4)
+        with pytest.raises(ShapeError, match="float") as caught:
+            other(np.zeros((1, 4), np.int64), cache=cache)
+        assert "\n" not in str(caught.value)
+        assert cache.length == 0
+        own(np.zeros((1, 4), np.int64), cache=cache)

@@ -55,6 +55,28 @@ def test_all_heads_reused_equals_full_reuse() -> None:
     np.testing.assert_array_equal(forward(model, ids, "reuse", {"group": 3, "heads": 4}).output, full)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("engine", ["numpy", "numba"])
+def test_partial_reuse_gives_each_head_its_own_part_of_a_mask(engine: str, causal: bool) -> None:
+    """Heads that take the maps of the same heads are exact heads, where all layers have the same queries and keys."""
+    config = _config(layers=2, position="none")
+    model = load_model(config, dtype="float64")
+    first, second = model.weights.layers
+    second.attention.qkv.weight[:32] = first.attention.qkv.weight[:32]
+    second.attention.qkv.bias[:32] = first.attention.qkv.bias[:32]
+    first.attention.output.weight[:], first.attention.output.bias[:] = 0.0, 0.0
+    first.feed_forward.down.weight[:], first.feed_forward.down.bias[:] = 0.0, 0.0
+    second.attention_norm = first.attention_norm  # so that the input of both sublayers is the same
+    ids = np.arange(18).reshape(2, 9)
+    mask = np.random.default_rng(0).random((2, 4, 9, 9)) < 0.6  # for each head another one
+    exact = forward(model, ids, causal=causal, mask=mask).output
+    params = {"heads": 2, "head_order": "keep"}
+    partial = forward(model, ids, "reuse", params, engine, causal=causal, mask=mask).output
+    np.testing.assert_allclose(partial, exact, atol=1e-12)
+    other = forward(model, ids, causal=causal, mask=mask[:, [0, 1, 3, 2]]).output
+    assert np.abs(other - exact).max() > 1e-3
+
+
 def _reusing(weights: Any, config: ModelConfig) -> list[Any]:
     """The layers as reuse in groups of two keeps them."""
     return Reuse.derive(weights, config, ReuseParameters(group=2)).layers
@@ -220,6 +242,9 @@ def test_layers_before_the_first_reuse_layer_are_untouched() -> None:
         ({"groups": [[0, 1], [1, 2]]}, "two"),
         ({"groups": [[]]}, "empty"),
         ({"groups": 3}, "list of layer lists"),
+        ({"groups": [[0, 1.5]]}, "list of layer lists"),
+        ({"groups": [[False, True]]}, "list of layer lists"),
+        ({"groups": ["01", "23"]}, "list of layer lists"),
         ({"heads": 5}, "4 heads"),
         ({"share": "logits"}, "probabilities"),
         ({"grup": 2}, "did you mean 'group'"),

@@ -346,6 +346,7 @@ def test_weights_are_those_of_the_model_and_a_second_head() -> None:
         ({"candidates": True}, "candidates=True"),
         ({"full_view": "both"}, "full_view='both'"),
         ({"decomposition": "qr"}, "decomposition='qr'"),
+        ({"decomposition": "svd", "weighting": "activations"}, "goes by the Gram matrix: leave out one"),
         ({"weighting": 1}, "weighting=1"),
         ({"fused": "yes"}, "fused='yes'"),
         ({"basis": 3}, "basis=3"),

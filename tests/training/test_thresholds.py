@@ -297,6 +297,21 @@ def test_too_little_input_is_refused(tmp_path: Path, seq: int | None, message: s
         read_samples(tiny(), (tmp_path / "ids.npy",), seq)
 
 
+def test_one_recording_and_windows_of_two_lengths_are_refused_with_a_way_on(tmp_path: Path) -> None:
+    config = override(preset("whisper-tiny-en"), layers=1, d_model=16, heads=4, d_ff=12)
+    model = load_model(config, weights="random")
+    for name, seq in (("one.npy", 5), ("other.npy", 6)):
+        np.save(tmp_path / name, random_inputs(config, seq, 3))
+    one, other = tmp_path / "one.npy", tmp_path / "other.npy"
+    with pytest.raises(InputError, match=r"gives 1 window.s. of its own positions; .* take an .npy of several rows"):
+        read_samples(model, (sample("speech"),), None)
+    with pytest.raises(InputError, match=r"other.npy gives windows of 12 rows, .*one.npy of 10: give seq"):
+        read_samples(model, (one, other), None)
+    training, held_out = read_samples(model, (one, other), 5)
+    assert training.targets.shape == (4, 5, 16)
+    assert held_out.targets.shape == (2, 5, 16)
+
+
 @pytest.mark.models
 def test_text_becomes_windows_with_the_tokens_around_it() -> None:
     from refimpl.weights import pretrained
