@@ -18,7 +18,7 @@ FILE = click.Path(path_type=Path)
 @options.override_options
 @click.option(
     "--input", "input_files", multiple=True, required=True, type=FILE, metavar="FILE",
-    help="A .txt, .wav or .npy; repeatable. The last quarter of each one's windows is held out.",
+    help="A .txt or .npy; repeatable. The last quarter of each one's windows is held out.",
 )  # fmt: skip
 @click.option(
     "--seq", type=options.POSITIVE, metavar="T", default=256, show_default=True, help="Positions of a window."

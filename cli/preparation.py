@@ -125,7 +125,7 @@ def prepared(
     if len(members(method)) > 1:
         return _prepared_together(runner, method, params, inputs, progress, causal), None
     given = parameters(method, params, runner.config)
-    place = _place(runner, method, given, inputs)
+    place = _place(runner, method, given, inputs, causal)
     if place is not None and place.is_file():
         try:
             ready = runner.prepare(method, {**(params or {}), given.FILE: str(place)})
@@ -183,16 +183,17 @@ def _prepared_now(
     return ready, document
 
 
-def _place(runner: Runner, method: str, given: Any, inputs: Array) -> Path | None:
+def _place(runner: Runner, method: str, given: Any, inputs: Array, causal: bool | None) -> Path | None:
     """The file in the user's cache; None where nothing is kept, or nothing has to be found."""
     file = getattr(given, "FILE", None)
     if file is None or getattr(given, file) is not None:
         return None
+    passes = (runner.config.causal if causal is None else causal,) if getattr(given, "PER_CAUSALITY", False) else ()
     if hasattr(given, "found_in"):  # in less than everything
         weights, of_inputs, *settings = given.found_in(runner.model.weights, inputs)
-        key = checksum(weights, of_inputs, *settings)
+        key = checksum(weights, of_inputs, *settings, *passes)
     else:
-        key = checksum(runner.model.weights, inputs, runner.config, given, runner.engine.name)
+        key = checksum(runner.model.weights, inputs, runner.config, given, runner.engine.name, *passes)
     return cache_root() / "prepared" / f"{method}-{key[:16]}.json"
 
 

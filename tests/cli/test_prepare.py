@@ -10,9 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import Result
+from effref.preparation import prepared
+from effref.progress import Progress
 
+from refimpl.config import override, preset
 from refimpl.inputs import sample
+from refimpl.model import Runner
 from refimpl.preparation import kvsharer
+from refimpl.weights import load_model
 
 from .conftest import error_of
 
@@ -93,6 +98,14 @@ def test_the_same_request_is_answered_from_the_cache(
     for other in (["--set", "kvsharer.order=similar"], ["--seed", "1"], ["--dtype", "float64"], ["--seq", "20"]):
         assert effref(*SEARCH, *TWO, "--input", ids, *other).exit_code == 0
     assert len(searches) == 5
+
+
+def test_what_is_kept_is_for_causal_passes_or_for_others(ids: str, searches: list[int]) -> None:
+    config = override(preset("smollm2-135m"), layers=5, d_model=24, heads=6, kv_heads=3, d_ff=20, vocab=50)
+    model, params = load_model(config), {"layers": 2, "threshold": -1.0}
+    for causal, made in ((True, 1), (None, 1), (False, 2), (False, 2), (True, 2)):
+        prepared(Runner(model, "numpy"), "kvsharer", params, np.load(ids), Progress(), causal)
+        assert len(searches) == made
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"effref": "kvsharer strategy", "version": 9}'])
