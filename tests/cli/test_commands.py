@@ -22,6 +22,13 @@ def run(*arguments: str, **given) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, **given)
 
 
+EFFREF = f"{sys.executable} -m effref"
+
+
+def shell(command: str, **given) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, **given)
+
+
 @pytest.mark.parametrize("command", [*COMMANDS, "models list", "models fetch"])
 def test_help_has_an_example(effref, command: str) -> None:
     result = effref(*command.split(), "--help")
@@ -192,10 +199,38 @@ def test_module_and_exit_code() -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_closed_pipe_is_quiet() -> None:
-    command = f"{sys.executable} -m effref list | head -1"
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
-    assert done.stderr == ""
+@pytest.mark.parametrize("words", ["list", "--help", "estimate --help", "--version", "sweep --example"])
+def test_closed_pipe_is_quiet(words: str) -> None:
+    """Also where the reader has left before the first line, and whatever writes: 1 is the exit code of a gate."""
+    done = shell(f"{EFFREF} {words} | true; exit ${{PIPESTATUS[0]}}")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("where", "said"), [("> /dev/full", "No space left on device; make room"), (">&-", "stdout is closed")]
+)
+def test_a_result_that_cannot_be_written_is_one_line(where: str, said: str) -> None:
+    for words in ("list", "--help"):
+        done = shell(f"{EFFREF} {words} {where}")
+        assert done.returncode == 2
+        assert done.stderr.startswith("effref: error: ")
+        assert said in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("where", ["2> /dev/full", "2>&-", "2> >(exec true)"])
+def test_notes_that_nobody_takes_cost_no_result(where: str, tmp_path: Path) -> None:
+    """A note precedes this result, and a line that the file is written follows."""
+    done = shell(f"{EFFREF} estimate --seq 64 --threads 1 --output result.json {where}", cwd=tmp_path)
+    assert done.returncode == 0
+    assert json.loads((tmp_path / "result.json").read_text())["results"]
+    assert shell(f"{EFFREF} estimate --seq zero {where}").returncode == 2
+
+
+def test_a_closed_stdout_is_not_needed_for_a_file(tmp_path: Path) -> None:
+    done = shell(f"{EFFREF} list --format json --output list.json >&-", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "effref: wrote list.json\n")
+    assert "methods" in json.loads((tmp_path / "list.json").read_text())
 
 
 def test_estimate_imports_nothing_heavy() -> None:
