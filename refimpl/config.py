@@ -23,6 +23,7 @@ Activation = Literal["gelu", "gelu_tanh", "silu", "relu"]
 
 DTYPES: dict[str, int] = {"float16": 2, "float32": 4, "float64": 8}  # name -> bytes per element
 PHASES = ("prefill", "decode")
+LARGEST = 2**40  # of any size: products of several of them are still floats
 
 
 @dataclass(frozen=True)
@@ -287,6 +288,12 @@ def _needed_sizes(config: ModelConfig) -> list[str]:
 def _check_size(name: str, value: Any, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+    _check_most(name, value)
+
+
+def _check_most(name: str, value: int) -> None:
+    if value > LARGEST:
+        raise ConfigError(f"{name} is {value}; it must be at most {LARGEST}, which is 2^40")
 
 
 @dataclass(frozen=True)
@@ -325,6 +332,8 @@ class Workload:
             value = getattr(self, name)
             if isinstance(value, int) and value < least:
                 raise ConfigError(f"{name} is {value}; it must be at least {least}")
+            if isinstance(value, int):
+                _check_most(name, value)
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
         if self.phase not in PHASES:
@@ -382,7 +391,7 @@ def config_from_huggingface(path: Path) -> ModelConfig:
     try:
         given = json.loads(path.read_text("utf-8"))
         family = given["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path}: not a model config.json with a model_type ({error})") from error
     if not isinstance(family, str) or family not in _FAMILIES:
         raise unknown(f"model_type in {path}", str(family), _FAMILIES)

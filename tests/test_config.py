@@ -35,6 +35,7 @@ def test_derived_sizes_follow() -> None:
     ("changes", "said"),
     [
         ({"layers": 0}, "layers is 0"),
+        ({"d_ff": 2**40 + 1}, "at most 1099511627776"),
         ({"d_model": -1}, "d_model is -1"),
         ({"d_ff": 0}, "d_ff is 0"),
         ({"heads": 5}, "heads=5 does not divide d_model=12"),
@@ -207,6 +208,7 @@ def test_config_of_whisper(tmp_path: Path) -> None:
     [
         ("", "not a model config.json"),
         ("{", "not a model config.json"),
+        ("[" * 100_000, "not a model config.json"),
         ([1], "not a model config.json"),
         ({"hidden_size": 8}, "model_type"),
         ({**BERT, "model_type": "brt"}, "did you mean 'bert'"),
@@ -259,6 +261,7 @@ def test_override_refuses_unknown_and_impossible_sizes() -> None:
     [
         ({"seq": 0}, "seq is 0"),
         ({"batch": 0}, "batch is 0"),
+        ({"batch": 10**30}, "at most 1099511627776"),
         ({"dtype": "float8"}, "unknown dtype 'float8': did you mean 'float"),
         ({"phase": "prefil"}, "did you mean 'prefill'"),
     ],
