@@ -100,7 +100,7 @@ def estimated(
     request: Request, hardware: str | Hardware | None, progress: Progress, energy: str | None = None
 ) -> dict[str, Any]:
     """The result without its context."""
-    joules = _energy_model(energy) if energy else None
+    joules = None if energy is None else _energy_model(energy)
     machine = machines.choose(hardware, request.engine, request.threads, request.dtype, progress)
     found = []
     for length in request.lengths:

@@ -189,6 +189,11 @@ def test_fetch_of_an_unknown_model(effref) -> None:
     assert "did you mean 'minilm-l6'" in error_of(effref("models fetch minilm-l7"))
 
 
+def test_a_cache_of_an_unknown_user_is_a_folder_like_any(effref, monkeypatch) -> None:
+    monkeypatch.setenv("EFFREF_CACHE", "~nobody-of-this-name/cache")
+    assert effref("list hardware").exit_code == 0
+
+
 # --- processes ------------------------------------------------------------------------------------------------------
 
 
