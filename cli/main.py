@@ -13,9 +13,10 @@ from typing import Any
 
 import click
 
-from refimpl.errors import EffrefError, unknown
+from refimpl.errors import EffrefError
 
 from . import __version__
+from .groups import Commands
 from .progress import write
 
 # command -> module of this package whose attribute `command` it is; loaded when asked for
@@ -56,7 +57,7 @@ def _before_click() -> Iterator[None]:
         raise ReaderLeftError from error
 
 
-class Effref(click.Group):
+class Effref(Commands):
     """A group that loads its commands late and never shows a traceback."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -67,13 +68,6 @@ class Effref(click.Group):
             return None
         found: click.Command = import_module(COMMANDS[cmd_name], __package__).command
         return found
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            raise unknown("command", args[0], COMMANDS)
-        return super().resolve_command(ctx, args)
 
     def make_context(self, *arguments: Any, **options: Any) -> click.Context:
         with _before_click():
@@ -97,6 +91,9 @@ def _exit_code(run: Any) -> int:
         return code if isinstance(code, int) else 0
     except EffrefError as error:
         return _fail(str(error))
+    except click.exceptions.NoArgsIsHelpError as error:  # a group alone, as `effref memo`
+        click.echo(error.ctx.get_help())
+        return 0
     except click.ClickException as error:
         return _fail(error.format_message())
     except (click.Abort, KeyboardInterrupt):

@@ -48,6 +48,14 @@ def test_unknown_command(effref) -> None:
     assert "did you mean 'measure'" in error_of(effref("mesure"))
 
 
+def test_groups_know_their_commands_too(effref) -> None:
+    assert "did you mean 'list'? known: fetch, list" in error_of(effref("models lst"))
+    assert "known: build, inspect, profile" in error_of(effref("memo open"))
+    alone = effref("memo")
+    assert (alone.exit_code, alone.stderr) == (0, "")
+    assert "effref memo build" in alone.stdout
+
+
 @pytest.mark.parametrize(
     "words",
     [
