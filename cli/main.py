@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -78,6 +79,8 @@ class Effref(Commands):
             return super().invoke(ctx)
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
+        if args is None and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # a process of its own
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, and leaves no half file
         sys.stdout = sys.stdout or open(os.devnull)  # noqa: SIM115  # closed: what is written there fails
         given = list(sys.argv[1:] if args is None else args)
         sys.exit(_exit_code(lambda: super(Effref, self).main(given or ["--help"], "effref", standalone_mode=False)))

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -238,6 +239,22 @@ def test_notes_that_nobody_takes_cost_no_result(where: str, tmp_path: Path) -> N
     assert done.returncode == 0
     assert json.loads((tmp_path / "result.json").read_text())["results"]
     assert shell(f"{EFFREF} estimate --seq zero {where}").returncode == 2
+
+
+def test_a_command_that_is_terminated_leaves_no_half_file(tmp_path: Path) -> None:
+    """As Ctrl-C does: what was done until then is kept, under its own name."""
+    sizes = "seq = { from = 16, to = 40000 }\n[model]\nname = 'minilm-l6'\nlayers = [1, 2, 3, 4, 5, 6]\n"
+    (tmp_path / "grid.toml").write_text(f"[workload]\n{sizes}")
+    command = [sys.executable, "-m", "effref", "sweep", "grid.toml", "--threads", "1", "--output", "rows.csv"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        while not any(half.stat().st_size > 500_000 for half in tmp_path.glob(".rows*.csv")):  # of 200 MB
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.terminate()
+        said = process.communicate()[1]
+    assert process.returncode == 130
+    assert "points are kept" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"grid.toml", "rows.csv"}
 
 
 def test_a_closed_stdout_is_not_needed_for_a_file(tmp_path: Path) -> None:
