@@ -11,6 +11,7 @@ import math
 import tomllib
 from dataclasses import dataclass, fields, replace
 from functools import cache
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -296,7 +297,7 @@ def _check_size(name: str, value: Any, least: int) -> None:
 
 
 def _check_number(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
         raise ConfigError(f"{name} is {value!r}; it must be a number above 0")
 
 
