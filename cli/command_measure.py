@@ -11,7 +11,7 @@ import click
 from . import options, render
 from .endings import exit_code
 from .output import Target
-from .progress import Progress
+from .progress import Progress, write
 from .request import resolve
 
 GATE_FAILED = 1
@@ -73,8 +73,6 @@ def _gate(document: dict[str, Any], fail_above: float | None) -> int:
     error = document["accuracy"]["components"]["median_abs"]
     if fail_above is None or error is None or 100 * error <= fail_above:
         return 0
-    print(
-        f"effref: the median absolute error of components is {100 * error:.1f} %, above {fail_above:g} %",
-        file=sys.stderr,
-    )
+    said = f"the median absolute error of components is {100 * error:.1f} %, above {fail_above:g} %"
+    write(sys.stderr, f"effref: {said}\n")
     return GATE_FAILED

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from . import options, render
+from .groups import Commands
 from .layout import Block, Table
 from .output import Target
 from .progress import Progress
@@ -18,7 +19,7 @@ FILES = click.option(
 )
 
 
-@click.group("memo", short_help="Databases of attention maps for attmemo.")
+@click.group("memo", cls=Commands, short_help="Databases of attention maps for attmemo.")
 def command() -> None:
     """Databases of attention maps: build one from texts, inspect it, profile it on text that was held out.
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import click
 
 from . import listing, options, render
+from .groups import Commands
 from .output import Target
 from .progress import Progress
 
 
-@click.group("models", short_help="Pretrained models: list and fetch.", invoke_without_command=True)
+@click.group("models", cls=Commands, short_help="Pretrained models: list and fetch.", invoke_without_command=True)
 @click.pass_context
 def command(ctx: click.Context) -> None:
     """Pretrained models: what can be fetched, and fetching it.

@@ -46,7 +46,7 @@ def cache_root() -> Path:
     """Where profiles and the like are kept: ``$EFFREF_CACHE``, or the user's cache folder."""
     root = os.environ.get("EFFREF_CACHE")
     if root:
-        return Path(root).expanduser()
+        return Path(os.path.expanduser(root))  # unlike the method of Path, it never raises
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("effref"))

@@ -22,6 +22,7 @@ from costmodel.hardware import Hardware
 from costmodel.predict import predict
 from refimpl.config import ModelConfig
 from refimpl.errors import ConfigError, unknown
+from refimpl.inputs import check_file
 from refimpl.model import Runner
 from refimpl.weights import load_model
 
@@ -158,6 +159,8 @@ def found(
     timing: Timing | None, progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
     """The result without its context; measured where `timing` is given."""
+    if source.path is not None:
+        check_file(request.config, source.path)
     if timing is None:
         machine = machines.choose(hardware, request.engine, request.threads, request.dtype, progress)
         rows = _rows(Forecast(request, axis, machine), named, None)

@@ -106,7 +106,7 @@ def estimated(
     """The result without its context."""
     if graph:
         request.check_recorded()
-    joules = _energy_model(energy) if energy else None
+    joules = None if energy is None else _energy_model(energy)
     machine = machines.choose(hardware, request.engine, request.threads, request.dtype, progress)
     if graph and machine.level == "spec":
         progress.note("a spec sheet knows no overheads: its bound is also that of ordinary passes")

@@ -16,15 +16,23 @@ class OutputError(EffrefError, OSError):
 
 def check_target(path: Path) -> None:
     """Raise OutputError where `path` cannot be written; called before long work."""
-    if path.is_dir():
+    folder = path.parent  # functions of os.path never raise, methods of Path do
+    if os.path.isdir(path):
         raise OutputError(f"{path} is a folder; give the name of a file")
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         raise OutputError(f"{path} is not a plain file; leave --output away to write to stdout")
-    folder = path.parent
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise OutputError(f"cannot write {path}: there is no folder {folder}; make it first")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"cannot write {path}: no permission to write in {folder}")
+    try:
+        _scratch(path).exists()
+    except OSError as error:  # a name that is too long
+        raise OutputError(f"cannot write {path}: {error.strerror}; give a shorter one") from error
+
+
+def _scratch(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
 
 
 @contextmanager
@@ -37,7 +45,7 @@ def whole(path: Path) -> Iterator[Path]:
         If the file cannot be written. Nothing is left behind.
     """
     check_target(path)
-    scratch = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    scratch = _scratch(path)
     try:
         yield scratch
         os.replace(scratch, path)

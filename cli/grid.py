@@ -13,13 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from refimpl.config import DTYPES, PHASES
+from refimpl.config import DTYPES, LARGEST, PHASES
 from refimpl.errors import ConfigError, unknown
 from refimpl.methods import CATALOG
 from refimpl.parameters import PARAMETERS
 from refimpl.weights import resolve_config
 
-from .parsing import LARGEST, parse_lengths
+from .parsing import parse_lengths
 from .request import KV_LENGTHS, LENGTHS, METHODS, default_model
 
 TABLES = ("model", "workload", "method", "hardware")

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
 import click
 
-from refimpl.errors import EffrefError, unknown
+from refimpl.errors import EffrefError
 
 from . import __version__
+from .groups import Commands
+from .progress import write
 
 # command -> module of this package whose attribute `command` it is; loaded when asked for
 COMMANDS = {
@@ -34,9 +40,25 @@ COMMANDS = {
     "audit": ".command_audit",
 }
 UNSERVED, INTERRUPTED = 2, 130
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class Effref(click.Group):
+class ReaderLeftError(Exception):
+    """Who read stdout has left, as with ``| head``."""
+
+
+@contextmanager
+def _before_click() -> Iterator[None]:
+    """Take what click would answer itself: with an empty line, and with 1, which is the exit code of a gate."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise click.Abort from None
+    except BrokenPipeError as error:
+        raise ReaderLeftError from error
+
+
+class Effref(Commands):
     """A group that loads its commands late and never shows a traceback."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -48,20 +70,18 @@ class Effref(click.Group):
         found: click.Command = import_module(COMMANDS[cmd_name], __package__).command
         return found
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            raise unknown("command", args[0], COMMANDS)
-        return super().resolve_command(ctx, args)
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        with _before_click():
+            return super().make_context(*arguments, **options)
 
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with _before_click():
             return super().invoke(ctx)
-        except KeyboardInterrupt:  # click would write an empty line
-            raise click.Abort from None
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
+        if args is None and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # a process of its own
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, and leaves no half file
+        sys.stdout = sys.stdout or open(os.devnull)  # noqa: SIM115  # closed: what is written there fails
         given = list(sys.argv[1:] if args is None else args)
         sys.exit(_exit_code(lambda: super(Effref, self).main(given or ["--help"], "effref", standalone_mode=False)))
 
@@ -74,30 +94,52 @@ def _exit_code(run: Any) -> int:
         return code if isinstance(code, int) else 0
     except EffrefError as error:
         return _fail(str(error))
+    except click.exceptions.NoArgsIsHelpError as error:  # a group alone, as `effref memo`
+        click.echo(error.ctx.get_help())
+        return 0
     except click.ClickException as error:
         return _fail(error.format_message())
     except (click.Abort, KeyboardInterrupt):
         return _fail("interrupted", INTERRUPTED)
-    except BrokenPipeError:  # the reader of stdout has left, as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ReaderLeftError, BrokenPipeError):
+        _drop_stdout()
         return 0
+    except io.UnsupportedOperation as error:
+        if sys.stdout.writable():
+            return _failed(error)
+        return _fail("stdout is closed: open it, or give a file with --output where the command has it")
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            return _failed(error)
+        _drop_stdout()
+        return _fail(f"cannot write {error.filename or 'the result'}: {error.strerror}; make room, or write elsewhere")
     except Exception as error:
-        from refimpl.engines.cuda.failures import of_cupy
+        return _failed(error)
 
-        from . import gpu
 
-        if gpu.out_of_memory(error):
-            return _fail(f"{gpu.shortage(error)}: lower --seq, --batch or the model's size, or take --method flash")
-        if sys.flags.dev_mode:
-            raise
-        if of_cupy(error):
-            return _fail(f"the GPU failed ({error}): 'nvidia-smi' shows whether it works and who else uses it")
-        shown = "'python -X dev -m effref ...' shows where; please report it"
-        return _fail(f"this is a bug in effref ({type(error).__name__}: {error}): {shown}")
+def _drop_stdout() -> None:
+    """What is still buffered would fail again at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _failed(error: Exception) -> int:
+    """What nobody foresaw: memory that ran out, a GPU that failed, or a bug."""
+    from refimpl.engines.cuda.failures import of_cupy
+
+    from . import gpu
+
+    if gpu.out_of_memory(error):
+        return _fail(f"{gpu.shortage(error)}: lower --seq, --batch or the model's size, or take --method flash")
+    if sys.flags.dev_mode:
+        raise error
+    if of_cupy(error):
+        return _fail(f"the GPU failed ({error}): 'nvidia-smi' shows whether it works and who else uses it")
+    shown = "'python -X dev -m effref ...' shows where; please report it"
+    return _fail(f"this is a bug in effref ({type(error).__name__}: {error}): {shown}")
 
 
 def _fail(message: str, code: int = UNSERVED) -> int:
-    click.echo(f"effref: error: {' '.join(message.split())}", err=True)
+    write(sys.stderr, f"effref: error: {' '.join(message.split())}\n")
     return code
 
 

@@ -6,9 +6,8 @@ import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from refimpl.config import LARGEST
 from refimpl.errors import ConfigError, unknown
-
-LARGEST = 2**40  # positions
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:
@@ -107,5 +106,5 @@ def _split(text: str) -> list[str]:
 def _value(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text

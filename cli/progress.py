@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from contextlib import suppress
 from typing import TextIO
 
 _BAR = 24  # characters
 _REDRAW_S = 0.1
+
+
+def write(stream: TextIO | None, text: str) -> None:
+    """Write at once; what cannot be said (a full disk, a reader that has left) stays unsaid and costs no result."""
+    if stream is None:  # closed
+        return
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError:
+        with suppress(OSError):  # of streams without a file, too; what is buffered would fail again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Progress:
@@ -51,19 +65,14 @@ class Progress:
             return
         self._drawn_s = now
         full = round(_BAR * min(max(fraction, 0.0), 1.0))
-        self._stream.write(f"\r\x1b[K[{'#' * full}{'-' * (_BAR - full)}] {message}"[:110])
-        self._stream.flush()
+        write(self._stream, f"\r\x1b[K[{'#' * full}{'-' * (_BAR - full)}] {message}"[:110])
 
     def done(self) -> None:
         """Clear the line of the stage."""
-        if self._redraws and self._stream is not None:
-            self._stream.write("\r\x1b[K")
-            self._stream.flush()
+        if self._redraws:
+            write(self._stream, "\r\x1b[K")
 
     def line(self, text: str) -> None:
         """One line that stays."""
-        if self._stream is None:
-            return
         self.done()
-        self._stream.write(f"effref: {text}\n")
-        self._stream.flush()
+        write(self._stream, f"effref: {text}\n")

@@ -11,6 +11,7 @@ import math
 import tomllib
 from dataclasses import dataclass, fields, replace
 from functools import cache
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,8 @@ Activation = Literal["gelu", "gelu_tanh", "silu", "relu"]
 
 DTYPES: dict[str, int] = {"float16": 2, "float32": 4, "float64": 8}  # name -> bytes per element
 PHASES = ("prefill", "decode")
+LARGEST = 2**40  # of any size: products of several of them are still floats
+MOST_LAYERS, MOST_STEPS = 10_000, 2**20  # each is gone through one by one
 
 
 @dataclass(frozen=True)
@@ -226,8 +229,11 @@ class ModelConfig:
 def _check_config(config: ModelConfig) -> None:
     for name in ("layers", "d_model", "heads", "d_ff", "kv_heads", *_needed_sizes(config)):
         _check_size(name, getattr(config, name), least=1)
+    _check_most("layers", config.layers, MOST_LAYERS)
     for name in _SIZES:
         _check_size(name, getattr(config, name), least=0)
+    for name in ("eps", "rope_base"):
+        _check_number(name, getattr(config, name))
     if not config.head_dim and config.d_model % config.heads:
         raise ConfigError(
             f"heads={config.heads} does not divide d_model={config.d_model}: choose a divisor or give head_dim"
@@ -291,6 +297,17 @@ def _needed_sizes(config: ModelConfig) -> list[str]:
 def _check_size(name: str, value: Any, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+    _check_most(name, value)
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
+        raise ConfigError(f"{name} is {value!r}; it must be a number above 0")
+
+
+def _check_most(name: str, value: int, most: int = LARGEST) -> None:
+    if value > most:
+        raise ConfigError(f"{name} is {value}; it must be at most {most}")
 
 
 @dataclass(frozen=True)
@@ -329,6 +346,8 @@ class Workload:
             value = getattr(self, name)
             if isinstance(value, int) and value < least:
                 raise ConfigError(f"{name} is {value}; it must be at least {least}")
+            if isinstance(value, int):
+                _check_most(name, value, MOST_STEPS if name == "steps" else LARGEST)
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
         if self.phase not in PHASES:
@@ -386,7 +405,7 @@ def config_from_huggingface(path: Path) -> ModelConfig:
     try:
         given = json.loads(path.read_text("utf-8"))
         family = given["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path}: not a model config.json with a model_type ({error})") from error
     if not isinstance(family, str) or family not in _FAMILIES:
         raise unknown(f"model_type in {path}", str(family), _FAMILIES)
@@ -394,7 +413,9 @@ def config_from_huggingface(path: Path) -> ModelConfig:
         return _FAMILIES[family](path.parent.name or "custom", given)
     except KeyError as error:
         raise ConfigError(f"{path}: the field {error} is missing") from error
-    except TypeError as error:
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"{path}: a field has the wrong type ({error})") from error
 
 

@@ -7,6 +7,7 @@ size resizes the grid (arXiv 2010.11929, section 3.2).
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ SIDE = 224  # pixels, the usual size
 # Mean and deviation of red, green and blue over ImageNet: torchvision, references/classification/presets.py
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
+MOST_PIXELS = 2**28  # of a scaled photo, 0.8 GB
 _CUBIC = -0.75  # the free constant of cubic convolution (Keys 1981, eq. 4) in PyTorch's `interpolate`
 
 
@@ -48,13 +50,20 @@ def read_patches(path: Path, side: int, patch: int) -> np.ndarray:
     except ImportError as error:
         raise MissingDependencyError("reading images needs Pillow: pip install 'effref[models]'") from error
     try:
-        with Image.open(path) as opened:
-            image = opened.convert("RGB")
+        with warnings.catch_warnings():  # of images that are large, not too large
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as opened:
+                image = opened.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} cannot be read as an image ({error})") from error
     width, height = image.size
     scale = side / min(width, height)
     width, height = max(side, round(width * scale)), max(side, round(height * scale))
+    if width * height > MOST_PIXELS:
+        raise InputError(
+            f"{path} is {image.width} x {image.height} pixels, {width} x {height} once the shorter side is {side}; at "
+            f"most {MOST_PIXELS} in all are scaled: cut its longer side"
+        )
     left, top = (width - side) // 2, (height - side) // 2
     image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
     pixels = (np.asarray(image, np.float32) / 255 - MEAN) / DEVIATION  # (side, side, 3)

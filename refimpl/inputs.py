@@ -259,8 +259,7 @@ def read_wav(path: str | Path, notes: list[str] | None = None) -> tuple[np.ndarr
     if not RATES[0] <= rate <= RATES[1]:
         raise InputError(f"{path} says {rate} samples a second; {RATES[0]} to {RATES[1]} are read")
     samples = _to_float(stored)  # (n,) or (n, channels)
-    if not np.isfinite(samples).all():
-        raise InputError(f"{path} holds NaN or infinite samples")
+    _require_finite(path, samples, "samples")
     if samples.ndim == 2:
         if samples.shape[1] > 1:
             notes.append(f"{path}: {samples.shape[1]} channels averaged to one")
@@ -437,7 +436,7 @@ def _read_npy(path: Path) -> np.ndarray:
         with path.open("rb") as file:
             array: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)
             return array
-    except (ValueError, EOFError, OSError, MemoryError) as error:
+    except Exception as error:  # a damaged header is parsed as Python, which fails in many ways
         raise InputError(f"{path} is not a .npy file of numbers ({error})") from error
 
 
@@ -457,9 +456,14 @@ def _features(model: Model, path: Path, array: np.ndarray) -> np.ndarray:
         raise InputError(
             f"{path} is {array.dtype} {array.shape}; floats (rows, {width}) or (B, rows, {width}) are needed"
         )
-    if not np.isfinite(array).all():
-        raise InputError(f"{path} holds NaN or infinite values")
+    _require_finite(path, array, "values")
     return array.reshape(-1, *array.shape[-2:]).astype(np.float32)
+
+
+def _require_finite(path: str | Path, array: np.ndarray, what: str) -> None:
+    """Raise InputError for values that are not finite, or would not be in float32."""
+    if not np.abs(array).max() <= np.finfo(np.float32).max:  # nan is not
+        raise InputError(f"{path} holds NaN or infinite {what}, or such as are too large for float32")
 
 
 # --- lengths --------------------------------------------------------------------------------------------------------

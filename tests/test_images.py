@@ -139,6 +139,28 @@ def test_files_that_are_no_image_are_refused(tmp_path: Path, data: bytes) -> Non
         load_input(load_model(VIT), path)
 
 
+def test_a_strip_that_would_fill_memory_is_refused(tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (1, 6000)).save(tmp_path / "line.png")  # 224 x 1 344 000 once it is scaled
+    with pytest.raises(InputError, match="cut its longer side"):
+        load_input(load_model(VIT), tmp_path / "line.png")
+    Image.new("RGB", (2, 200)).save(tmp_path / "strip.png")
+    assert load_input(load_model(VIT), tmp_path / "strip.png").valid_positions == 257
+
+
+def test_a_large_photo_is_no_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow warns from 89 million pixels, and refuses twice as many."""
+    from PIL import Image
+
+    Image.new("RGB", (30, 30)).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 800)
+    assert load_input(load_model(VIT), tmp_path / "x.png").kind == "patches"
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    with pytest.raises(InputError, match="cannot be read as an image"):
+        load_input(load_model(VIT), tmp_path / "x.png")
+
+
 def test_a_truncated_photo_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "half.jpg"
     path.write_bytes(sample("photo").read_bytes()[:15_000])

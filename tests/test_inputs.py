@@ -180,6 +180,7 @@ def test_read_wav_skips_chunks_that_it_does_not_need(tmp_path: Path, wav: Callab
     [
         (np.array([0, np.nan], np.float32), "NaN or infinite"),
         (np.array([0, np.inf], np.float32), "NaN or infinite"),
+        (np.array([0, -1e39]), "too large for float32"),
         (np.zeros(0, np.int16), "no samples|not a whole WAV"),
         (np.zeros((0, 2), np.float32), "no samples|not a whole WAV"),
     ],
@@ -381,6 +382,7 @@ def test_load_input_cuts_arrays_to_the_length_asked_for(tmp_path: Path) -> None:
         (FRAMES, np.ones((5, 81)), r"floats \(rows, 80\)"),
         (FRAMES, np.ones((5, 80), np.int64), r"floats \(rows, 80\)"),
         (FRAMES, np.full((5, 80), np.nan), "NaN or infinite"),
+        (FRAMES, np.full((5, 80), 1e39), "too large for float32"),
         (FRAMES, np.array([{"a": 1}], object), r"not a \.npy file of numbers"),
     ],
 )
@@ -396,7 +398,23 @@ def test_load_input_refuses_too_short_an_array(tmp_path: Path) -> None:
         inputs.load_input(load_model(FRAMES), save(tmp_path, np.ones((5, 80))), seq=3)
 
 
-@pytest.mark.parametrize("data", [b"", b"\x93NUMPY", b"PK\x03\x04", b"text"])
+def header(text: bytes) -> bytes:
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x93NUMPY",
+        b"PK\x03\x04",
+        b"text",
+        header(b"{'descr': ("),
+        header(b"(" * 5000),
+        header(b"'\x00'"),
+        header(b"{'descr': '<f8', 'fortran_order': False, 'shape': (-5,)}"),
+    ],
+)
 def test_load_input_refuses_damaged_arrays(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.npy").write_bytes(data)
     with pytest.raises(InputError, match=r"not a \.npy file of numbers"):

@@ -294,7 +294,8 @@ def _document(given: _Field, name: str, label: str) -> Document:
     if not entries:
         raise InputError(f"{given.where}: results is empty, so there is nothing to show; run the command again")
     found = tuple(_result(entry) for entry in entries)
-    notes = [note for note in given.value.get("notes") or [] if isinstance(note, str)]
+    listed = given.get("notes")
+    notes = [note.value for note in (listed.items() if listed.value else []) if isinstance(note.value, str)]
     if given.value.get("interrupted"):
         notes.append("the run was interrupted; what was seen until then is shown")
     return Document(name, label, _kind(entries, found), given.value, found, tuple(dict.fromkeys(notes)))

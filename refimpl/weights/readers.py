@@ -528,7 +528,7 @@ def _parts(folder: Path) -> list[Path]:
         try:
             names = set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values())
             return sorted(folder / Path(name).name for name in names)  # never outside of the folder
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise WeightsError(f"{folder / INDEX} is damaged ({error})") from error
     if not (folder / SINGLE).is_file():
         raise WeightsError(

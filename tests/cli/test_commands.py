@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -20,6 +21,13 @@ from .conftest import error_of
 
 def run(*arguments: str, **given) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, **given)
+
+
+EFFREF = f"{sys.executable} -m effref"
+
+
+def shell(command: str, **given) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, **given)
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "models list", "models fetch"])
@@ -39,6 +47,14 @@ def test_bare_command_helps(effref) -> None:
 
 def test_unknown_command(effref) -> None:
     assert "did you mean 'measure'" in error_of(effref("mesure"))
+
+
+def test_groups_know_their_commands_too(effref) -> None:
+    assert "did you mean 'list'? known: fetch, list" in error_of(effref("models lst"))
+    assert "known: build, inspect, profile" in error_of(effref("memo open"))
+    alone = effref("memo")
+    assert (alone.exit_code, alone.stderr) == (0, "")
+    assert "effref memo build" in alone.stdout
 
 
 @pytest.mark.parametrize(
@@ -182,6 +198,11 @@ def test_fetch_of_an_unknown_model(effref) -> None:
     assert "did you mean 'minilm-l6'" in error_of(effref("models fetch minilm-l7"))
 
 
+def test_a_cache_of_an_unknown_user_is_a_folder_like_any(effref, monkeypatch) -> None:
+    monkeypatch.setenv("EFFREF_CACHE", "~nobody-of-this-name/cache")
+    assert effref("list hardware").exit_code == 0
+
+
 # --- processes ------------------------------------------------------------------------------------------------------
 
 
@@ -192,10 +213,54 @@ def test_module_and_exit_code() -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_closed_pipe_is_quiet() -> None:
-    command = f"{sys.executable} -m effref list | head -1"
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
-    assert done.stderr == ""
+@pytest.mark.parametrize("words", ["list", "--help", "estimate --help", "--version", "sweep --example"])
+def test_closed_pipe_is_quiet(words: str) -> None:
+    """Also where the reader has left before the first line, and whatever writes: 1 is the exit code of a gate."""
+    done = shell(f"{EFFREF} {words} | true; exit ${{PIPESTATUS[0]}}")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("where", "said"), [("> /dev/full", "No space left on device; make room"), (">&-", "stdout is closed")]
+)
+def test_a_result_that_cannot_be_written_is_one_line(where: str, said: str) -> None:
+    for words in ("list", "--help"):
+        done = shell(f"{EFFREF} {words} {where}")
+        assert done.returncode == 2
+        assert done.stderr.startswith("effref: error: ")
+        assert said in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("where", ["2> /dev/full", "2>&-", "2> >(exec true)"])
+def test_notes_that_nobody_takes_cost_no_result(where: str, tmp_path: Path) -> None:
+    """A note precedes this result, and a line that the file is written follows."""
+    done = shell(f"{EFFREF} estimate --seq 64 --threads 1 --output result.json {where}", cwd=tmp_path)
+    assert done.returncode == 0
+    assert json.loads((tmp_path / "result.json").read_text())["results"]
+    assert shell(f"{EFFREF} estimate --seq zero {where}").returncode == 2
+
+
+def test_a_command_that_is_terminated_leaves_no_half_file(tmp_path: Path) -> None:
+    """As Ctrl-C does: what was done until then is kept, under its own name."""
+    sizes = "seq = { from = 16, to = 40000 }\n[model]\nname = 'minilm-l6'\nlayers = [1, 2, 3, 4, 5, 6]\n"
+    (tmp_path / "grid.toml").write_text(f"[workload]\n{sizes}")
+    command = [sys.executable, "-m", "effref", "sweep", "grid.toml", "--threads", "1", "--output", "rows.csv"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        while not any(half.stat().st_size > 500_000 for half in tmp_path.glob(".rows*.csv")):  # of 200 MB
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.terminate()
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "points are kept" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"grid.toml", "rows.csv"}
+
+
+def test_a_closed_stdout_is_not_needed_for_a_file(tmp_path: Path) -> None:
+    done = shell(f"{EFFREF} list --format json --output list.json >&-", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "effref: wrote list.json\n")
+    assert "methods" in json.loads((tmp_path / "list.json").read_text())
 
 
 def test_estimate_imports_nothing_heavy() -> None:

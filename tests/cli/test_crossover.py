@@ -204,3 +204,17 @@ def test_refused(effref, more: list[str], said: str) -> None:
 def test_the_range_ends_where_the_positions_of_a_model_end(effref) -> None:
     found = json.loads(effref("crossover", "--model", "minilm", "--method", "reuse", "--format", "json").stdout)
     assert found["config"]["range"] == [16, 512]
+
+
+@pytest.mark.parametrize("more", [(), ("--measure",)])
+def test_an_input_that_is_not_there_is_refused_before_anything(effref, monkeypatch, tmp_path, more) -> None:
+    """Also where nothing is measured, and not behind a calibration where something is."""
+    from effref import machines
+
+    monkeypatch.setattr(machines, "started", None)
+    monkeypatch.setattr(machines, "choose", None)
+    missing = str(tmp_path / "missing.wav")
+    assert "missing.wav: no such file" in error_of(effref("crossover", "--input", missing, *more))
+    (tmp_path / "text.txt").write_text("a text")
+    said = error_of(effref("crossover", "--input", str(tmp_path / "text.txt"), *more))
+    assert "holds tokens, but conformer-m reads frames" in said

@@ -219,6 +219,11 @@ def test_profile_file(effref, tmp_path: Path) -> None:
         ("--heads 3 --d-model 32", "does not divide"),
         ("--layers 0", "--layers"),
         ("--batch -1", "--batch"),
+        ("--batch 10000000000000000000000", "at most 1099511627776"),
+        ("--d-ff 10000000000000000000000", "at most"),
+        ("--energy=", "int8-dram"),
+        (f"--output {'x' * 300}.json", "too long; give a shorter one"),
+        (f"--output {'x' * 245}.json", "too long; give a shorter one"),  # its temporary neighbour's name is longer
         ("--set reuse.gruop=4", "did you mean 'group'"),
         ("--set reuse.group=0", "at least 1"),
         ("--set reuse.group=two", "whole number"),

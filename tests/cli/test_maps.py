@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from refimpl.inputs import sample
 from refimpl.methods import parameters
 from refimpl.weights import resolve_config
+
+from .conftest import error_of
 
 
 def test_maps_of_the_default_model(effref) -> None:
@@ -46,3 +49,22 @@ def test_bad_requests(effref, arguments: list[str], message: str) -> None:
     assert result.exit_code == 2
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()[-1:]) == 1
+
+
+def test_maps_that_do_not_fit_into_memory_are_refused_before_weights_are_made(effref, monkeypatch) -> None:
+    from effref import diagnosis
+
+    assert "--seq" in error_of(effref("maps --seq 1000000000"))
+    monkeypatch.setattr(diagnosis, "available_bytes", lambda device: 2**30)
+    monkeypatch.setattr(diagnosis, "load_model", None)
+    assert "maps of llama-2-7b at T=256 need 24." in error_of(effref("maps --model llama-2-7b"))
+
+
+def test_maps_of_a_long_input_are_refused_before_they_are_made(effref, monkeypatch, tmp_path: Path) -> None:
+    """The length of a file is known once it is read."""
+    from effref import diagnosis
+
+    monkeypatch.setattr(diagnosis, "available_bytes", lambda device: 2**30)
+    np.save(tmp_path / "long.npy", np.zeros((40_000, 80), np.float32))
+    said = error_of(effref("maps", "--model", "conformer-m", "--input", str(tmp_path / "long.npy")))
+    assert "maps of conformer-m at T=10000 need" in said

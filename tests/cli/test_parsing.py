@@ -60,6 +60,11 @@ def test_settings_are_json_or_text() -> None:
     }
 
 
+def test_a_value_that_is_nested_too_deeply_is_text() -> None:
+    deep = "[" * 100_000
+    assert parse_settings([f"reuse.groups={deep}"]) == {"reuse": {"groups": deep}}
+
+
 @pytest.mark.parametrize("item", ["group=4", "reuse.group", "reuse.=4", ""])
 def test_wrong_settings(item: str) -> None:
     with pytest.raises(ConfigError, match=r"METHOD\.PARAMETER=VALUE"):

@@ -159,6 +159,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "version": (lambda d: d.update(schema_version=2), "schema_version is 2; this effref reads 1"),
     "no results": (lambda d: d.update(results=[]), "results is empty"),
     "results": (lambda d: d.update(results={}), "results is {}; it must be a list"),
+    "notes": (lambda d: d.update(notes=-1), "notes is -1; it must be a list"),
     "a result": (lambda d: d.update(results=[1]), "results[0] is 1; it must be an object"),
     "no model": (lambda d: d["config"].pop("model"), "config.model is missing"),
     "no method": (lambda d: first(d).pop("method"), "results[0].method is missing"),

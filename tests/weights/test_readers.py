@@ -379,7 +379,7 @@ def test_a_checkpoint_in_parts_is_read_by_its_index(checkpoint: Callable[..., Ma
         load_model(folder)
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
+@pytest.mark.parametrize("text", ["", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "[" * 100_000])
 def test_a_damaged_index_is_refused(text: str, checkpoint: Callable[..., Made]) -> None:
     folder, _ = checkpoint("gpt2")
     (folder / readers.INDEX).write_text(text)
