@@ -142,7 +142,7 @@ class Hardware:
                 given["recorded"] = RecordedModel(**given["recorded"])
             given["bands"] = {name: Band(**band) for name, band in given["bands"].items()}
             return cls(**given)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(
@@ -190,4 +190,8 @@ def load_hardware(name_or_path: str) -> Hardware:
             return Hardware.from_json(path.read_text("utf-8"), str(path))
         except OSError as error:
             raise ConfigError(f"cannot read the profile {path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"{path}: not a hardware profile ({error}); run 'effref calibrate' to make one"
+            ) from error
     raise unknown("hardware", name_or_path, [*presets(), "local"])

@@ -267,7 +267,7 @@ def parts_of_call(
     """
     slowdown: Quantity = 1.0
     for name, half in model.half.items():
-        slowdown = slowdown * (1.0 + half / np.maximum(sizes[name], 1))
+        slowdown = slowdown * (1.0 + half / np.maximum(np.asarray(sizes[name], float), 1.0))
     compute = one.matmul_flops / model.matmul_flops_per_s * slowdown + one.vector_flops / model.vector_flops_per_s
     memory = traffic.streamed / bandwidth(model, traffic.resident) + traffic.passed / bandwidth(model, traffic.passed)
     overhead: Quantity = model.overhead_s

@@ -246,14 +246,12 @@ def test_a_command_that_is_terminated_leaves_no_half_file(tmp_path: Path) -> Non
     sizes = "seq = { from = 16, to = 40000 }\n[model]\nname = 'minilm-l6'\nlayers = [1, 2, 3, 4, 5, 6]\n"
     (tmp_path / "grid.toml").write_text(f"[workload]\n{sizes}")
     command = [sys.executable, "-m", "effref", "sweep", "grid.toml", "--threads", "1", "--output", "rows.csv"]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
         while not any(half.stat().st_size > 500_000 for half in tmp_path.glob(".rows*.csv")):  # of 200 MB
             assert process.poll() is None
             time.sleep(0.01)
         process.terminate()
-        said = process.communicate(timeout=60)[1]
-    assert process.returncode == 130
-    assert "points are kept" in said
+        assert process.wait(60) == 130
     assert {path.name for path in tmp_path.iterdir()} == {"grid.toml", "rows.csv"}
 
 

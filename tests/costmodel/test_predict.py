@@ -249,6 +249,10 @@ def test_profile_survives_the_file_and_refuses_others(tmp_path: Any) -> None:
         path.write_text(text)
         with pytest.raises(ConfigError, match="calibrate"):
             load_hardware(str(path))
+    for raw in (b"\x00\xff", b"[" * 100_000):
+        path.write_bytes(raw)
+        with pytest.raises(ConfigError, match="calibrate"):
+            load_hardware(str(path))
     with pytest.raises(ConfigError, match="did you mean 'h100-sxm'"):
         load_hardware("h100-sx")
     with pytest.raises(ConfigError, match="cannot read"):
@@ -266,6 +270,13 @@ def test_profile_of_another_dtype_or_without_an_op_is_refused() -> None:
             estimate("dense", MINILM, Workload(64, dtype="float64")),
             dataclasses.replace(presets()["l4"], matmul_flops_per_s={"float32": 1.0}),
         )
+
+
+def test_sizes_of_any_length_have_a_time() -> None:
+    """Products of two sizes are no whole numbers of NumPy any more."""
+    hardware = fit(_passes(0.0), 4, kind="cpu", about=ABOUT)
+    total = predict(estimate("dense", MINILM, Workload(2**40, 2**40)), hardware).total
+    assert np.isfinite(total.seconds)
 
 
 def test_bare_roofline_is_a_spec_of_the_measured_peaks() -> None:
