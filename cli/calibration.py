@@ -40,7 +40,7 @@ Key = tuple[str, tuple[tuple[str, int], ...]]  # op and sizes
 Under = tuple[tuple[str, dict[str, Any]], ...]  # methods and their parameters
 
 ADDS, REPLAYS, WIDTH = (20, 120), 5, 1024  # of the graphs that bandwidths are measured with; columns of their arrays
-TURNS = 7  # of an ordinary and a recorded pass
+TURNS = 5  # of a recorded and an ordinary pass, at least
 WORKING = 3  # passes as large as the largest that a GPU's memory must hold beside weights and caches
 
 EXACT: Under = (("dense", {}), ("flash", {}))
@@ -273,15 +273,20 @@ class _Run:
         self._rewind()
         return self.runner(self.inputs, self.ready, cache=self.cache)
 
-    def record(self) -> None:
-        """Time the pass as a recorded one in turn with an ordinary one, since a machine's speed drifts."""
+    def record(self, seconds: float) -> None:
+        """Time the pass as a recorded one in turn with an ordinary one, since a machine drifts; for so long at least."""
         self._rewind()
         try:
             again = self.runner.recorded(self.inputs, self.ready, cache=self.cache)
         except UnsupportedError:
             return
         again()  # warms up
-        self.recorded = float(np.median([again().seconds / self.once().seconds for _ in range(TURNS)]))
+        turns: list[tuple[float, float]] = []
+        start = time.perf_counter()
+        while len(turns) < TURNS or time.perf_counter() - start < seconds:
+            turns.append((again().seconds, self.once().seconds))
+        recorded_s, ordinary_s = np.median(turns, axis=0)
+        self.recorded = float(recorded_s / ordinary_s)
 
     def _rewind(self) -> None:
         if self.cache is not None:
@@ -310,7 +315,7 @@ def _measure(cells: Sequence[Cell], ops: Engine, dtype: str, seconds: float, say
             say("measuring", min(spent / seconds, 1.0))
     for index, run in enumerate(runs):
         say("recording passes", index / len(runs))
-        run.record()
+        run.record(seconds / len(runs))
     return [run.summary() for run in runs]
 
 
