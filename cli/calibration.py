@@ -274,7 +274,7 @@ class _Run:
         return self.runner(self.inputs, self.ready, cache=self.cache)
 
     def record(self, seconds: float) -> None:
-        """Time the pass as a recorded one in turn with an ordinary one, since a machine drifts; for so long at least."""
+        """Time the pass as a recorded one in turn with an ordinary one, as machines drift; for so long at least."""
         self._rewind()
         try:
             again = self.runner.recorded(self.inputs, self.ready, cache=self.cache)
