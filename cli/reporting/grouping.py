@@ -99,11 +99,11 @@ def work_of(document: Document) -> str:
     """``decode, batch 1, float32``, and what is unusual about the passes."""
     config = document.part("config")
     batch = config.get("batch")
-    words = [config.get("phase"), f"batch {batch}" if batch else None, config.get("dtype"), *_passes(document)]
+    words = [config.get("phase"), f"batch {batch}" if batch else None, config.get("dtype"), *passes_of(document)]
     return ", ".join(str(word) for word in words if word)
 
 
-def _passes(document: Document) -> list[str]:
+def passes_of(document: Document) -> list[str]:
     """What ``--graph``, ``--fuse`` and ``--l2 cold`` make of passes."""
     config = document.part("config")
     unusual = {
@@ -141,7 +141,7 @@ def _key(document: Document) -> str:
     config, hardware = document.part("config"), document.part("hardware")
     model = {name: value for name, value in document.model.items() if name != "source"}
     work = [config.get(name) for name in ("phase", "steps", "dtype", "batch", "causal", "device", "engine", "threads")]
-    work += _passes(document)
+    work += passes_of(document)
     roofs = [hardware.get(name) for name in ("name", "level", "matmul_flops_per_s", "vector_flops_per_s", "memory")]
     return json.dumps([model, work, machine_of(document), roofs], sort_keys=True)
 

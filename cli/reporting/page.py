@@ -14,7 +14,7 @@ from ..render import NONE, SECONDS, percent, quantity, small, times
 from ..results import errors
 from . import breakdown, fidelity, palette, roofline, scatter, speedup
 from .card import Card, Row, Table
-from .grouping import Group, Series, grouped, machine_of, methods_of, runner_of, work_of
+from .grouping import Group, Series, grouped, machine_of, methods_of, passes_of, runner_of, work_of
 from .markup import Markup, joined, tag
 from .reading import Document, read_all
 
@@ -125,7 +125,8 @@ def _contents(groups: Sequence[Group]) -> Markup | None:
 
 def _short_work(group: Group) -> str:
     """What tells groups of one model apart."""
-    work = "fidelity" if not group.lines else str(group.first.part("config").get("phase") or "results")
+    kind = "fidelity" if not group.lines else str(group.first.part("config").get("phase") or "results")
+    work = ", ".join([kind, *passes_of(group.first)])
     return work if group.measured else f"{work}, predicted on {machine_of(group.first)}"
 
 

@@ -440,6 +440,10 @@ def test_files_of_one_model_and_machine_are_put_together(tmp_path: Path) -> None
         "prefill, batch 1, float32, recorded, fused pairs of ops",
         "prefill, batch 1, float32, cold cache",
     ]
+    contents = [link.text for link in Tree(report([one, recorded, cold])).root.all("nav")[0].all("a")]
+    assert contents == [
+        f"conformer-m, prefill{more}" for more in ("", ", recorded, fused pairs of ops", ", cold cache")
+    ]
 
 
 def test_parameters_that_differ_are_in_labels(tmp_path: Path) -> None:
