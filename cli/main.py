@@ -18,7 +18,7 @@ from refimpl.errors import EffrefError
 
 from . import __version__
 from .groups import Commands
-from .progress import write
+from .progress import drop, write
 
 # command -> module of this package whose attribute `command` it is; loaded when asked for
 COMMANDS = {
@@ -102,7 +102,7 @@ def _exit_code(run: Any) -> int:
     except (click.Abort, KeyboardInterrupt):
         return _fail("interrupted", INTERRUPTED)
     except (ReaderLeftError, BrokenPipeError):
-        _drop_stdout()
+        drop(sys.stdout)
         return 0
     except io.UnsupportedOperation as error:
         if sys.stdout.writable():
@@ -111,15 +111,10 @@ def _exit_code(run: Any) -> int:
     except OSError as error:
         if error.errno not in NO_ROOM:
             return _failed(error)
-        _drop_stdout()
+        drop(sys.stdout)
         return _fail(f"cannot write {error.filename or 'the result'}: {error.strerror}; make room, or write elsewhere")
     except Exception as error:
         return _failed(error)
-
-
-def _drop_stdout() -> None:
-    """What is still buffered would fail again at the end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _failed(error: Exception) -> int:

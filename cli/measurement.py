@@ -19,7 +19,7 @@ import numpy as np
 from costmodel.closed_form import Estimate
 from costmodel.fit import bare_roofline
 from costmodel.hardware import Hardware
-from costmodel.predict import Prediction, predict
+from costmodel.predict import Prediction, Seconds, predict
 from refimpl.cache import Cache
 from refimpl.config import ModelConfig
 from refimpl.errors import ConfigError, InputError, UnsupportedError, unknown
@@ -297,12 +297,15 @@ class Bench:
             (name, length): predict(self.request.estimate(name, length, ready.parameters), self.hardware)
             for (name, length), ready in self.ready.items()
         }
-        self.totals = {
-            place: predict(one.estimate, self.hardware, recorded=self.timing.graph).total
-            for place, one in self.predictions.items()
-        }
+        self.totals = {place: self._total(one) for place, one in self.predictions.items()}
         self._began_s = time.perf_counter()
         self._seen_s = self._expected_s = 0.0  # of all counted passes: how fast this machine is beside the prediction
+
+    def _total(self, ordinary: Prediction) -> Seconds:
+        """What the timed passes are predicted to take: recorded ones, if that is asked for."""
+        if not self.timing.graph:
+            return ordinary.total
+        return predict(ordinary.estimate, self.hardware, recorded=True).total
 
     def _prepare(self, name: str) -> dict[int, Prepared]:
         """Let a method find what it needs first; this is no part of its latency.

@@ -20,8 +20,13 @@ def write(stream: TextIO | None, text: str) -> None:
         stream.write(text)
         stream.flush()
     except OSError:
-        with suppress(OSError):  # of streams without a file, too; what is buffered would fail again at the end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        with suppress(OSError):  # of streams without a file, too
+            drop(stream)
+
+
+def drop(stream: TextIO) -> None:
+    """Let a stream lead nowhere: what is still buffered would fail again at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Progress:
